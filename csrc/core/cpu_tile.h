@@ -1,0 +1,172 @@
+// What the CPU kernels share: dtype dispatch, scratch memory, the table walk, and the register tile that meets rows of
+// queries with rows of keys or index entries.
+#pragma once
+
+#include <new>
+
+#include "cpu_exec.h"
+#include "dispatch.h"
+#include "rules.h"
+#include "simd.h"
+
+#define UA_DISPATCH_CPU_DTYPE(dtype, T, ...)                                           \
+  if ((dtype) == ::unique_attn::DType::kFloat64) {                                     \
+    using T = double;                                                                  \
+    __VA_ARGS__;                                                                       \
+  } else {                                                                             \
+    UA_DISPATCH_DTYPE(dtype, T, float, ::unique_attn::BF16, ::unique_attn::F16, __VA_ARGS__) \
+  }
+
+namespace unique_attn {
+namespace UA_ISA {
+
+// Scratch memory of one range of work, aligned to cache lines.
+class Scratch {
+ public:
+  UA_INLINE explicit Scratch(int64_t bytes)
+      : memory_(::operator new(static_cast<size_t>(bytes > 0 ? bytes : 1), std::align_val_t(64))), next_(memory_) {}
+  UA_INLINE ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The next `count` elements; the caller's sum of padded sizes must not pass what was allocated.
+  template <typename T>
+  UA_INLINE T* take(int64_t count) {
+    T* taken = static_cast<T*>(next_);
+    next_ = static_cast<char*>(next_) + padded<T>(count);
+    return taken;
+  }
+  template <typename T>
+  UA_INLINE static int64_t padded(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  void* memory_;
+  void* next_;
+};
+
+// Items per range, so that starting a thread costs little beside a range. `work`: multiply-adds per item.
+UA_INLINE int64_t grain_for(int64_t work) {
+  constexpr int64_t kWorkPerRange = 1 << 18;
+  return work >= kWorkPerRange ? 1 : kWorkPerRange / (work > 0 ? work : 1);
+}
+
+UA_INLINE int min_of(int a, int b) { return a < b ? a : b; }
+UA_INLINE int max_of(int a, int b) { return a > b ? a : b; }
+UA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Pages that a sequence's row of the block table can hold: nothing past it is looked up, whatever seq_lens says.
+UA_INLINE int table_pages(const PageTable& table) {
+  const int64_t pages = int64_t{table.max_blocks} * (table.block_size / table.page_size);
+  return pages > INT32_MAX ? INT32_MAX : static_cast<int>(pages);
+}
+
+// First element of token `offset` of a block.
+template <typename T>
+UA_INLINE const T* token_row(const PagedView& cache, int64_t block, int64_t head, int64_t offset) {
+  return static_cast<const T*>(cache.data) + block * cache.stride_block + head * cache.stride_head +
+         offset * cache.stride_token;
+}
+
+UA_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// Rows of q as accumulators, each padded with zeros to whole vectors. `stride`: elements between rows of q.
+template <typename T>
+UA_INLINE void widen_rows(const T* q, int64_t stride, int rows, int head_dim, AccOf<T>* out, int out_stride) {
+  for (int row = 0; row < rows; ++row) {
+    each_vector<AccOf<T>>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
+      store(out + int64_t{row} * out_stride + d, load(q + row * stride + d, part), Full());
+    });
+  }
+}
+
+// A tile keeps this many sums in registers; the rest of them hold operands.
+constexpr int kTileSums = kVectorRegisters / 2;
+
+// sums[s][row][entry] (s: u and, if the rule has it, v) of kRows rows of q and kTileSums / (kSums * kRows) entries.
+template <typename RuleT, int kRows, typename T>
+UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_stride, int head_dim, AccOf<T>* sums) {
+  using V = Vec<AccOf<T>>;
+  constexpr int kEntries = kTileSums / (RuleT::kSums * kRows);
+  constexpr int kCells = kRows * kEntries;
+  V acc[kTileSums];
+  UA_UNROLL
+  for (int i = 0; i < kTileSums; ++i) acc[i] = V(AccOf<T>(0));
+  each_vector<AccOf<T>>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
+    V query[kRows];
+    UA_UNROLL
+    for (int row = 0; row < kRows; ++row) query[row] = load(q + row * q_stride + d, Full());
+    UA_UNROLL
+    for (int e = 0; e < kEntries; ++e) {
+      const V a = load(entries[e] + d, part);
+      V b(AccOf<T>(0));
+      if constexpr (RuleT::kVectors > 1) b = load(entries[e] + head_dim + d, part);
+      UA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        V unused(AccOf<T>(0));
+        const int cell = row * kEntries + e;
+        RuleT::accumulate(query[row], a, b, acc[cell], RuleT::kSums > 1 ? acc[kCells * (RuleT::kSums - 1) + cell] : unused);
+      }
+    }
+  });
+  static_assert(kTileSums % V::kLanes == 0, "sums leave the tile as whole vectors");
+  UA_UNROLL
+  for (int i = 0; i < kTileSums; i += V::kLanes) store(sums + i, sum_each<V::kLanes, 1>(acc + i), Full());
+}
+
+// Sums of kRows rows of q with `count` entries: sums[s * rule_stride + row * row_stride + entry]. `entries` can be
+// read, and written past `count`, up to the next multiple of 16; ahead[i] is brought into cache with entry i.
+template <typename RuleT, int kRows, typename T>
+UA_INLINE void sum_rows(const T** entries, int count, const AccOf<T>* q, int q_stride, int head_dim,
+                        const T* const* ahead, int64_t ahead_bytes, AccOf<T>* sums, int64_t row_stride,
+                        int64_t rule_stride) {
+  using Acc = AccOf<T>;
+  constexpr int kEntries = kTileSums / (RuleT::kSums * kRows);
+  for (int e = 0; e < count; e += kEntries) {
+    if (ahead != nullptr) {
+      for (int i = 0; i < kEntries && e + i < count; ++i) prefetch_row(ahead[e + i], ahead_bytes);
+    }
+    alignas(64) Acc tile[kTileSums];
+    tile_sums<RuleT, kRows>(entries + e, q, q_stride, head_dim, tile);
+    UA_UNROLL
+    for (int s = 0; s < RuleT::kSums; ++s) {
+      UA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        __builtin_memcpy(sums + s * rule_stride + row * row_stride + e, tile + (s * kRows + row) * kEntries,
+                         kEntries * sizeof(Acc));
+      }
+    }
+  }
+}
+
+// Rows are met in fours, so buffers of rows hold this many; the last ones may be arbitrary.
+UA_INLINE int padded_rows(int rows) { return rows < 3 ? rows : static_cast<int>(round_up(rows, 4)); }
+
+// sum_rows for any number of rows.
+template <typename RuleT, typename T>
+UA_INLINE void sum_all_rows(const T** entries, int count, const AccOf<T>* q, int rows, int q_stride, int head_dim,
+                            const T* const* ahead, int64_t ahead_bytes, AccOf<T>* sums, int64_t row_stride,
+                            int64_t rule_stride) {
+  for (int i = count; i % 16 != 0; ++i) entries[i] = entries[count - 1];
+  for (int row = 0; row < rows;) {
+    const AccOf<T>* q_row = q + int64_t{row} * q_stride;
+    AccOf<T>* out = sums + row * row_stride;
+    if (rows - row >= 3) {
+      sum_rows<RuleT, 4>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      row += 4;
+    } else if (rows - row == 2) {
+      sum_rows<RuleT, 2>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      row += 2;
+    } else {
+      sum_rows<RuleT, 1>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      row += 1;
+    }
+    ahead = nullptr;
+  }
+}
+
+}  // namespace UA_ISA
+}  // namespace unique_attn

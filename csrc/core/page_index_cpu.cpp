@@ -1,0 +1,104 @@
+// One work item is one touched page of one KV head. Its keys are read twice (two-pass variance), the second time from
+// the first-level cache.
+#include "page_index.h"
+
+#include "cpu_tile.h"
+
+namespace unique_attn {
+namespace UA_ISA {
+namespace {
+
+// Touched pages of a sequence.
+UA_INLINE PageRange touched_pages(const PageIndexParams& p, int b) {
+  const int seq_len = p.table.seq_lens[b];
+  const int start = max_of(p.start_lens != nullptr ? p.start_lens[b] : seq_len - p.max_new_tokens, 0);
+  if (start >= seq_len) return {0, 0};
+  const int first = start / p.table.page_size;
+  const int end = min_of((seq_len - 1) / p.table.page_size + 1, table_pages(p.table));
+  return {min_of(first, end), end};
+}
+
+// Entry of a page whose keys start at `keys` and lie `stride` elements apart.
+template <typename RuleT, typename T>
+UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_dim, T* entry) {
+  using Acc = AccOf<T>;
+  using V = Vec<Acc>;
+  const V tokens(static_cast<Acc>(count));
+  V total_var(Acc(0));
+  each_vector<Acc>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
+    const T* column = keys + d;
+    ChannelStats<V> stats;
+    stats.min = stats.max = load(column, part);
+    V sum(Acc(0));
+    for (int j = 0; j < count; ++j) {
+      const V x = load(column + j * stride, part);
+      sum += x;
+      stats.min = min_or_nan(stats.min, x);
+      stats.max = max_or_nan(stats.max, x);
+    }
+    stats.mean = sum / tokens;
+    V squares(Acc(0));
+    for (int j = 0; j < count; ++j) {
+      const V diff = load(column + j * stride, part) - stats.mean;
+      squares += diff * diff;
+    }
+    stats.var = squares / tokens;
+    total_var += stats.var;
+    V a, b(Acc(0));
+    RuleT::encode(stats, a, b);
+    store(entry + d, a, part);
+    if constexpr (RuleT::kVectors > 1) store(entry + head_dim + d, b, part);
+  });
+  if constexpr (RuleT::kScalar) {
+    // The whole slot is written, so that equal pages have equal bytes.
+    alignas(64) Acc lanes[V::kLanes];
+    store(lanes, sqrt(V(sum_lanes(total_var))), Full());
+    T* slot = entry + RuleT::kVectors * head_dim;
+    __builtin_memset(slot, 0, kScalarBytes);
+    from_scalar(lanes[0], *slot);
+  }
+}
+
+template <typename RuleT, typename T>
+void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
+  const int page_size = p.table.page_size;
+  const int pages_per_block = p.table.block_size / page_size;
+  int64_t total = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    const PageRange pages = touched_pages(p, b);
+    total += int64_t{pages.end - pages.first} * p.num_kv_heads;
+  }
+  const int64_t work = int64_t{2} * page_size * p.head_dim;
+  parallel_for(exec, total, grain_for(work), [&](int64_t begin, int64_t end) {
+    int64_t skipped = 0;  // items of the sequences before b
+    for (int b = 0; b < p.batch && skipped < end; ++b) {
+      const PageRange pages = touched_pages(p, b);
+      const int64_t items = int64_t{pages.end - pages.first} * p.num_kv_heads;
+      const int64_t from = begin > skipped ? begin - skipped : 0;
+      const int64_t to = end - skipped < items ? end - skipped : items;
+      const int32_t* blocks = p.table.blocks + b * p.table.stride_seq;
+      for (int64_t i = from; i < to; ++i) {
+        const int page = pages.first + static_cast<int>(i / p.num_kv_heads);
+        const int h = static_cast<int>(i % p.num_kv_heads);
+        const int64_t block = blocks[page / pages_per_block];
+        const int inner = page % pages_per_block;
+        const T* keys = token_row<T>(p.k_cache, block, h, int64_t{inner} * page_size);
+        uint8_t* entry = p.index.data + block * p.index.stride_block + h * p.index.stride_head +
+                         inner * p.index.stride_page;
+        const int count = min_of(page_size, p.table.seq_lens[b] - page * page_size);
+        encode_page<RuleT>(keys, p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
+      }
+      skipped += items;
+    }
+  });
+}
+
+}  // namespace
+
+void page_index_cpu(const PageIndexParams& params, const CpuExecutor& exec) {
+  if (params.num_kv_heads == 0) return;
+  UA_DISPATCH_CPU_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, encode_pages<RuleT, T>(params, exec)));
+}
+
+}  // namespace UA_ISA
+}  // namespace unique_attn

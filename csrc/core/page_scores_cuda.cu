@@ -1,0 +1,208 @@
+// Each index entry is read once for all heads of its group (and for as many query tokens as fit in shared memory).
+// Eight lanes share a page: each holds its channels of the entry in registers and meets every query with them; the
+// partial sums are added by shuffles.
+#include "device_utils.cuh"
+#include "page_scores.h"
+#include "split_plan.h"
+
+namespace unique_attn {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 8;                                // lanes per page
+constexpr int kPagesPerStep = kThreads / kLanes;         // pages a block scores at once
+constexpr size_t kQueryBytes = 48 * 1024;                // shared memory for the queries
+constexpr int kMaxChunks = kMaxHeadDim / 8 / kLanes;     // 8-channel chunks per lane
+
+template <typename T>
+struct KeyType {
+  using type = __nv_bfloat16;
+};
+template <>
+struct KeyType<float> {
+  using type = float;
+};
+
+__device__ __forceinline__ float lane_sum(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+
+// Chunk c of query row r in shared memory: its two float4 halves lie apart, so that the lanes of a page read
+// neighbouring 16-byte words (no bank conflicts).
+__device__ __forceinline__ int half_offset(int row, int half, int chunk, int num_chunks) {
+  return ((row * 2 + half) * num_chunks + chunk) * 4;
+}
+
+// CPL: chunks per lane.
+template <typename T, typename RuleT, int CPL>
+__global__ void __launch_bounds__(kThreads)
+    page_scores_kernel(const PageScoresParams p, int tokens_per_tile, int num_tiles, int pages_per_cta) {
+  extern __shared__ __align__(16) float shared[];
+  using Key = typename KeyType<T>::type;
+  const int b = blockIdx.x / num_tiles;
+  const int token_begin = blockIdx.x % num_tiles * tokens_per_tile;
+  const int num_tokens = min(tokens_per_tile, p.num_query_tokens - token_begin);
+  const int head = blockIdx.z;
+  const int page_begin = blockIdx.y * pages_per_cta;
+  const int page_end = min(page_begin + pages_per_cta, p.num_pages);
+  const int group = p.num_q_heads / p.num_kv_heads;
+  const int num_chunks = p.head_dim / 8;
+  const int seq_len = p.table.seq_lens[b];
+  Key* rows = static_cast<Key*>(p.scores) +
+              ((int64_t{b} * p.num_query_tokens + token_begin) * p.num_kv_heads + head) * p.num_pages;
+  const int64_t row_stride = int64_t{p.num_kv_heads} * p.num_pages;
+
+  // Pages that any token of the tile sees.
+  const PageRange last = visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + num_tokens - 1),
+                                       p.window, p.table.page_size);
+  int first_page = last.first;
+  for (int t = 0; t < num_tokens && last.end > 0; ++t) {
+    const int position = query_position(seq_len, p.num_query_tokens, token_begin + t);
+    if (position >= 0) {
+      first_page = visible_pages(position, p.window, p.table.page_size).first;
+      break;
+    }
+  }
+  const bool nothing = max(first_page, page_begin) >= min(last.end, page_end);
+  if (nothing && !p.fill_outside) return;
+
+  float* q_norms = shared + num_tokens * group * p.head_dim;
+  if (!nothing) {
+    for (int i = threadIdx.x; i < num_tokens * group * num_chunks; i += kThreads) {
+      const int chunk = i % num_chunks;
+      const int row = i / num_chunks;
+      const T* source = static_cast<const T*>(p.q.data) + b * p.q.stride_batch +
+                        (token_begin + row / group) * p.q.stride_token +
+                        (head * group + row % group) * p.q.stride_head + chunk * 8;
+      Vec8<T> raw;
+      raw.load(source);
+      float x[8];
+      raw.unpack(x);
+      *reinterpret_cast<float4*>(shared + half_offset(row, 0, chunk, num_chunks)) = make_float4(x[0], x[1], x[2], x[3]);
+      *reinterpret_cast<float4*>(shared + half_offset(row, 1, chunk, num_chunks)) = make_float4(x[4], x[5], x[6], x[7]);
+    }
+    __syncthreads();
+    if (RuleT::kScalar) {
+      for (int row = threadIdx.x / kWarp; row < num_tokens * group; row += kThreads / kWarp) {
+        float sum = 0.f;
+        for (int d = threadIdx.x % kWarp; d < p.head_dim; d += kWarp) {
+          const float x = shared[row * p.head_dim + d];
+          sum += x * x;
+        }
+#pragma unroll
+        for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
+        if (threadIdx.x % kWarp == 0) q_norms[row] = sqrtf(sum);
+      }
+      __syncthreads();
+    }
+  }
+
+  const int lane = threadIdx.x % kLanes;
+  const int pages_per_block = p.table.block_size / p.table.page_size;
+  const int32_t* table = p.table.blocks + b * p.table.stride_seq;
+  // Every lane of a warp stays in the loop, for the shuffles.
+  for (int base = page_begin; base < page_end; base += kPagesPerStep) {
+    const int page = base + static_cast<int>(threadIdx.x) / kLanes;
+    const bool in_row = page < page_end;
+    const bool visible = in_row && page >= first_page && page < last.end;
+    if (__all_sync(kFullMask, !visible) && !p.fill_outside) continue;
+
+    Vec8<T> raw_a[CPL], raw_b[CPL];
+    float scalar = 0.f;
+#pragma unroll
+    for (int i = 0; i < CPL; ++i) {
+      raw_a[i].zero();
+      raw_b[i].zero();
+    }
+    if (visible) {
+      const uint8_t* entry = p.index.data + table[page / pages_per_block] * p.index.stride_block +
+                             head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
+      const T* vectors = reinterpret_cast<const T*>(entry);
+#pragma unroll
+      for (int i = 0; i < CPL; ++i) {
+        const int chunk = lane + i * kLanes;
+        if (chunk < num_chunks) {
+          raw_a[i].load(vectors + chunk * 8);
+          if (RuleT::kVectors > 1) raw_b[i].load(vectors + p.head_dim + chunk * 8);
+        }
+      }
+      if (RuleT::kScalar) scalar = to_float(vectors[RuleT::kVectors * p.head_dim]);
+    }
+    float a[CPL][8], c[CPL][8];
+#pragma unroll
+    for (int i = 0; i < CPL; ++i) {
+      raw_a[i].unpack(a[i]);
+      if (RuleT::kVectors > 1) raw_b[i].unpack(c[i]);
+    }
+
+    for (int t = 0; t < num_tokens; ++t) {
+      float best = -INFINITY;
+      bool any_nan = false;
+      for (int g = 0; g < group; ++g) {
+        const int row = t * group + g;
+        float u = 0.f, v = 0.f;
+#pragma unroll
+        for (int i = 0; i < CPL; ++i) {
+          const int chunk = lane + i * kLanes;
+          if (chunk < num_chunks) {
+            const float4 lo = *reinterpret_cast<const float4*>(shared + half_offset(row, 0, chunk, num_chunks));
+            const float4 hi = *reinterpret_cast<const float4*>(shared + half_offset(row, 1, chunk, num_chunks));
+            const float x[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) RuleT::accumulate(x[j], a[i][j], RuleT::kVectors > 1 ? c[i][j] : 0.f, u, v);
+          }
+        }
+        u = lane_sum(u);
+        if (RuleT::kVectors > 1) v = lane_sum(v);
+        const float score = RuleT::finish(u, v, scalar, RuleT::kScalar ? q_norms[row] : 0.f, p.spread);
+        any_nan = any_nan || isnan(score);
+        best = fmaxf(best, score);
+      }
+      if (lane == 0 && in_row) {
+        const PageRange range = visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + t), p.window,
+                                              p.table.page_size);
+        if (page >= range.first && page < range.end) {
+          rows[t * row_stride + page] = from_float<Key>(any_nan ? NAN : best);
+        } else if (p.fill_outside) {
+          rows[t * row_stride + page] = from_float<Key>(-INFINITY);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename RuleT, int CPL>
+cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+  const int group = p.num_q_heads / p.num_kv_heads;
+  const size_t bytes_per_token = size_t(group) * (p.head_dim + 1) * sizeof(float);
+  const int fitting = static_cast<int>(kQueryBytes / bytes_per_token);
+  const int tile = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
+  const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
+  const int chunk = plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, num_sms);
+  const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
+  page_scores_kernel<T, RuleT, CPL>
+      <<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream) {
+  if (params.batch == 0 || params.num_kv_heads == 0 || params.num_pages == 0) return cudaSuccess;
+  int device = 0, num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int chunks_per_lane = (params.head_dim / 8 + kLanes - 1) / kLanes;
+  static_assert(kMaxChunks == 4, "the launch below covers 1 to 4 chunks per lane");
+  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, {
+                           error = chunks_per_lane == 1   ? launch<T, RuleT, 1>(params, num_sms, stream)
+                                   : chunks_per_lane == 2 ? launch<T, RuleT, 2>(params, num_sms, stream)
+                                                          : launch<T, RuleT, 4>(params, num_sms, stream);
+                         }));
+  return error;
+}
+
+}  // namespace unique_attn

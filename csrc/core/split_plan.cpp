@@ -1,0 +1,40 @@
+#include "split_plan.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace unique_attn {
+namespace {
+
+constexpr int kBlocksPerSm = 4;    // resident blocks that hide the latency of scattered page reads
+constexpr int kMinSplitTokens = 64;  // below this the merge costs more than the split gains
+constexpr int kMaxSplits = 128;
+
+}  // namespace
+
+int decode_head_tile(int group) { return group >= 5 ? 8 : group >= 3 ? 4 : group; }
+
+SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
+                             int page_size, int num_sms) {
+  if (batch == 0 || num_kv_heads == 0) return {1, 0};
+  const int group = num_q_heads / num_kv_heads;
+  const int tile = decode_head_tile(group);
+  const int64_t rows = int64_t{batch} * num_query_tokens * num_kv_heads * ((group + tile - 1) / tile);
+  const int64_t wanted = (int64_t{kBlocksPerSm} * num_sms + rows - 1) / rows;
+  const int64_t possible = std::max<int64_t>(1, int64_t{k} * page_size / kMinSplitTokens);
+  int splits = static_cast<int>(std::min<int64_t>({wanted, possible, kMaxSplits}));
+  // No empty splits: the same pages per split with as few splits as they fill.
+  const int pages_per_split = (k + splits - 1) / splits;
+  splits = (k + pages_per_split - 1) / pages_per_split;
+  if (splits == 1) return {1, 0};
+  const size_t partials = size_t(batch) * num_query_tokens * num_q_heads * splits;
+  return {splits, partials * (head_dim + 1) * sizeof(float)};
+}
+
+int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int num_sms) {
+  const int64_t steps = int64_t{batch} * num_kv_heads * ((num_pages + step - 1) / step);
+  const int64_t per_block = steps / (int64_t{8} * std::max(num_sms, 1));
+  return step * static_cast<int>(std::clamp<int64_t>(per_block, 1, 16));
+}
+
+}  // namespace unique_attn

@@ -1,0 +1,24 @@
+// How much parallel work a launch gets: a pure host function of shapes, so that a CUDA graph captured once stays
+// valid while sequences grow.
+#pragma once
+
+#include <cstddef>
+
+namespace unique_attn {
+
+struct SplitPlan {
+  int num_splits;          // parts the selected pages of a row are cut into
+  size_t workspace_bytes;  // partial outputs and log-sum-exps, 0 for one split
+};
+
+// sparse_decode: splits over the selected pages until the grid fills `num_sms` multiprocessors a few times over.
+SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
+                             int page_size, int num_sms);
+
+// Heads of a group that one thread block of sparse_decode serves.
+int decode_head_tile(int group);
+
+// page_scores: pages per thread block, a multiple of `step`.
+int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int num_sms);
+
+}  // namespace unique_attn

@@ -1,0 +1,247 @@
+#include "arguments.h"
+
+#include "rules.h"
+
+namespace unique_attn {
+namespace {
+
+std::string list_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  out << ']';
+  return out.str();
+}
+
+bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
+DType to_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+// Kernels read 8 channels at a time: rows must start where a vector of 8 may be read.
+bool rows_aligned(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) return false;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) % 8 != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::string shape_string(const Tensor& tensor) { return list_string(tensor.sizes()); }
+std::string stride_string(const Tensor& tensor) { return list_string(tensor.strides()); }
+
+const char* dtype_string(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+Arguments::Arguments(const char* op, const char* name, const Tensor& first)
+    : op_(op),
+      first_name_(name),
+      cuda_(first.is_cuda()),
+      device_index_(first.get_device_index()),
+      scalar_type_(first.scalar_type()),
+      dtype_(to_dtype(first.scalar_type())) {
+  if (!is_floating(scalar_type_)) {
+    fail(op, name, "expected dtype float32, bfloat16, float16 or float64, got ", dtype_string(scalar_type_));
+  }
+  if (cuda_ && scalar_type_ == ScalarType::Double) {
+    fail(op, name, "expected dtype float32, bfloat16 or float16 on CUDA, got float64 (a CPU dtype here)");
+  }
+#ifndef UNIQUE_ATTN_WITH_CUDA
+  if (cuda_) {
+    fail(op, name, "got a CUDA tensor, but this build of unique_attn has no CUDA kernels: install nvcc and rebuild "
+                   "with UNIQUE_ATTN_CUDA=1");
+  }
+#endif
+}
+
+void Arguments::same_device(const char* name, const Tensor& tensor) const {
+  if (tensor.is_cuda() != cuda_ || (!cuda_ && !tensor.is_cpu()) ||
+      (cuda_ && tensor.get_device_index() != device_index_)) {
+    fail(op_, name, "expected the device of ", first_name_, ", ", cuda_ ? "cuda:" : "cpu",
+         cuda_ ? std::to_string(device_index_) : std::string(), ", got ",
+         tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
+                          : std::string(tensor.is_cpu() ? "cpu" : "another device"));
+  }
+}
+
+void Arguments::tensor(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rank) const {
+  same_device(name, tensor);
+  if (tensor.scalar_type() != dtype) {
+    fail(op_, name, "expected dtype ", dtype_string(dtype),
+         dtype == scalar_type_ ? std::string(" (the dtype of ") + first_name_ + ")" : std::string(), ", got ",
+         dtype_string(tensor.scalar_type()));
+  }
+  if (tensor.dim() != rank) {
+    fail(op_, name, "expected ", rank, " dimensions, got ", tensor.dim(), " (shape ", shape_string(tensor), ")");
+  }
+}
+
+void Arguments::floating(const char* name, const Tensor& tensor, int64_t rank) const {
+  this->tensor(name, tensor, scalar_type_, rank);
+}
+
+void Arguments::size(const char* name, const Tensor& tensor, int64_t dim, int64_t expected, const char* what) const {
+  if (tensor.size(dim) != expected) {
+    fail(op_, name, "expected size ", expected, " (", what, ") in dimension ", dim, ", got ", tensor.size(dim),
+         " (shape ", shape_string(tensor), ")");
+  }
+}
+
+void Arguments::contiguous(const char* name, const Tensor& tensor) const {
+  if (!tensor.is_contiguous()) {
+    fail(op_, name, "expected a contiguous tensor, got strides ", stride_string(tensor), " for shape ",
+         shape_string(tensor));
+  }
+}
+
+void Arguments::range(const char* name, int64_t value, int64_t low, int64_t high) const {
+  if (value < low || value > high) {
+    fail(op_, name, "expected a value from ", low, " to ", high, ", got ", value);
+  }
+}
+
+void Arguments::head_dim(const char* name, int64_t head_dim) const {
+  if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
+    fail(op_, name, "expected a head dimension that is a multiple of 8 from 8 to ", kMaxHeadDim, ", got ", head_dim);
+  }
+}
+
+void Arguments::page_size(int64_t page_size) const {
+  if (page_size != 4 && page_size != 8 && page_size != 16 && page_size != 32 && page_size != 64) {
+    fail(op_, "page_size", "expected 4, 8, 16, 32 or 64, got ", page_size);
+  }
+}
+
+void Arguments::groups(int64_t num_q_heads, int64_t num_kv_heads) const {
+  if (num_kv_heads < 1 || num_q_heads % num_kv_heads != 0 || num_q_heads / num_kv_heads < 1 ||
+      num_q_heads / num_kv_heads > kMaxGroup) {
+    fail(op_, "q", "expected 1 to ", kMaxGroup, " query heads per KV head, got ", num_q_heads, " query heads for ",
+         num_kv_heads, " KV heads");
+  }
+}
+
+TokenView Arguments::tokens(const char* name, const Tensor& tensor, Tensor& keep) const {
+  floating(name, tensor, 4);
+  head_dim(name, tensor.size(3));
+  keep = tensor;
+  if (tensor.numel() > 0 && ((tensor.size(3) > 1 && tensor.stride(3) != 1) || !rows_aligned(tensor))) {
+    keep = torch::stable::contiguous(tensor);
+    // A contiguous tensor comes back as it is, and it may start at an address that is not aligned.
+    if (!rows_aligned(keep)) keep = torch::stable::clone(keep);
+  }
+  return {keep.data_ptr(), keep.stride(0), keep.stride(1), keep.stride(2)};
+}
+
+PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
+  floating(name, tensor, 4);
+  head_dim(name, tensor.size(3));
+  if (tensor.numel() > 0 && (tensor.stride(3) != 1 || !rows_aligned(tensor))) {
+    fail(op_, name, "expected channel stride 1, other strides that are multiples of 8 and 16-byte alignment, got "
+                    "strides ",
+         stride_string(tensor));
+  }
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+IndexView Arguments::index(const Tensor& index, Rule rule, DType dtype, int64_t num_blocks, int64_t heads,
+                           int64_t head_dim) const {
+  tensor("index", index, ScalarType::Byte, 4);
+  if (num_blocks >= 0) size("index", index, 0, num_blocks, "the cache's blocks");
+  size("index", index, 1, heads, "KV heads");
+  size("index", index, 3, static_cast<int64_t>(index_entry_bytes(rule, dtype, static_cast<int>(head_dim))),
+       "bytes of an entry of this rule, head dimension and dtype");
+  if (index.numel() > 0) {
+    bool aligned = reinterpret_cast<uintptr_t>(index.data_ptr()) % 16 == 0 && index.stride(3) == 1;
+    for (int dim = 0; dim < 3; ++dim) aligned = aligned && (index.size(dim) == 1 || index.stride(dim) % 16 == 0);
+    if (!aligned) {
+      fail(op_, "index", "expected byte stride 1, other strides that are multiples of 16 and 16-byte alignment, got "
+                         "strides ",
+           stride_string(index));
+    }
+  }
+  return {static_cast<uint8_t*>(index.data_ptr()), index.stride(0), index.stride(1), index.stride(2)};
+}
+
+Rule Arguments::rule(int64_t rule) const {
+  if (rule < 0 || rule > static_cast<int64_t>(Rule::kMinMax)) {
+    fail(op_, "rule", "expected 0 (mean), 1 (unique), 2 (directional) or 3 (minmax), got ", rule);
+  }
+  return static_cast<Rule>(rule);
+}
+
+void Arguments::seq_lens(const Tensor& seq_lens, int64_t batch) const {
+  tensor("seq_lens", seq_lens, ScalarType::Int, 1);
+  size("seq_lens", seq_lens, 0, batch, "sequences");
+  contiguous("seq_lens", seq_lens);
+}
+
+PageTable Arguments::table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t block_size,
+                           int64_t page_size) const {
+  this->page_size(page_size);
+  this->seq_lens(seq_lens, batch);
+  tensor("block_table", block_table, ScalarType::Int, 2);
+  size("block_table", block_table, 0, batch, "sequences");
+  if (block_table.numel() > 0 && block_table.size(1) > 1 && block_table.stride(1) != 1) {
+    fail(op_, "block_table", "expected stride 1 in dimension 1, got strides ", stride_string(block_table));
+  }
+  if (block_size < page_size || block_size % page_size != 0) {
+    fail(op_, "page_size", "expected a divisor of the block size ", block_size, ", got ", page_size);
+  }
+  if (block_table.size(1) * block_size > INT32_MAX) {
+    fail(op_, "block_table", "expected at most 2^31 - 1 tokens per sequence, got ", block_table.size(1), " blocks of ",
+         block_size);
+  }
+  return {static_cast<const int32_t*>(block_table.data_ptr()),
+          static_cast<const int32_t*>(seq_lens.data_ptr()),
+          block_table.stride(0),
+          static_cast<int>(block_table.size(1)),
+          static_cast<int>(block_size),
+          static_cast<int>(page_size)};
+}
+
+ScalarType score_type(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::BFloat16 : dtype;
+}
+
+CpuExecutor torch_executor() {
+  return {[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
+  }};
+}
+
+}  // namespace unique_attn

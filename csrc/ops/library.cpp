@@ -1,0 +1,35 @@
+// The schema table: the one place where the ops get their names and signatures. `rule` is Rule of types.h.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(unique_attn, m) {
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
+  m.def(
+      "page_index(Tensor k_cache, Tensor(a!) index, Tensor block_table, Tensor start_lens, Tensor seq_lens, "
+      "int max_new_tokens, int page_size, int rule) -> ()");
+  m.def(
+      "page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int page_size, int rule, "
+      "float spread, int window) -> Tensor");
+  m.def(
+      "topk_pages(Tensor scores, Tensor seq_lens, int k, int page_size, int sink_pages, int recent_pages, "
+      "int window, Tensor? budget_pages, Tensor? block_table, int pages_per_block) -> Tensor");
+  m.def(
+      "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pages, Tensor block_table, Tensor seq_lens, "
+      "int page_size, float scale, int window) -> (Tensor, Tensor)");
+  m.def(
+      "unique_decode(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
+      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, float spread, int sink_pages, "
+      "int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, Tensor, Tensor)");
+}
+
+// One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.
+#define UA_REGISTER(m)                                           \
+  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));         \
+  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));       \
+  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));     \
+  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));       \
+  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode)); \
+  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode))
+
+STABLE_TORCH_LIBRARY_IMPL(unique_attn, CPU, m) { UA_REGISTER(m); }
+STABLE_TORCH_LIBRARY_IMPL(unique_attn, CUDA, m) { UA_REGISTER(m); }

@@ -1,0 +1,94 @@
+// Every op in two steps: prepare_X checks all arguments, allocates the results and fills the kernel's Params;
+// run() hands them to the CPU or CUDA implementation. unique_decode prepares the whole chain before it runs any of it,
+// so that bad input leaves everything unwritten.
+#pragma once
+
+#include "append_kv.h"
+#include "arguments.h"
+#include "page_index.h"
+#include "page_scores.h"
+#include "sparse_decode.h"
+#include "topk_pages.h"
+
+namespace unique_attn {
+
+// Params plus the tensors whose memory they point into.
+struct AppendKvCall {
+  AppendKvParams params;
+  Tensor k, v;
+};
+struct PageIndexCall {
+  PageIndexParams params;
+};
+struct PageScoresCall {
+  PageScoresParams params;
+  Tensor q, scores;
+};
+struct TopkPagesCall {
+  TopkPagesParams params;
+  Tensor pages;
+};
+struct SparseDecodeCall {
+  SparseDecodeParams params;
+  Tensor q, out, lse, workspace;
+};
+
+// `slots` is the slot mapping [B * T], or null to append the last T tokens of each sequence through `table`.
+AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                               const Tensor& v_cache, const int64_t* slots, const PageTable& table);
+PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, const Tensor& index,
+                                 const Tensor& block_table, const std::optional<Tensor>& start_lens,
+                                 const Tensor& seq_lens, int64_t max_new_tokens, int64_t page_size, int64_t rule);
+PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
+                                   const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
+                                   double spread, int64_t window);
+TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens, int64_t k,
+                                 int64_t page_size, int64_t sink_pages, int64_t recent_pages, int64_t window,
+                                 const std::optional<Tensor>& budget_pages,
+                                 const std::optional<Tensor>& block_table, int64_t pages_per_block);
+SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
+                                       const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
+                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window);
+
+// Runs on the tensors' device: PyTorch's thread pool, or the current CUDA stream of that device.
+class Runner {
+ public:
+  Runner(const char* op, const Tensor& first);
+  void run(const AppendKvParams& params) const;
+  void run(const PageIndexParams& params) const;
+  void run(const PageScoresParams& params) const;
+  void run(const TopkPagesParams& params) const;
+  void run(const SparseDecodeParams& params) const;
+
+ private:
+  template <typename Params>
+  void run(const Params& params, void (*cpu)(const Params&, const CpuExecutor&),
+           cudaError_t (*cuda)(const Params&, cudaStream_t)) const;
+
+  const char* op_;
+  bool cuda_;
+  cudaStream_t stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+int multiprocessor_count(const Tensor& tensor);
+
+// ---- The registered functions; library.cpp has their schemas. ----
+
+void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping);
+void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_lens, Tensor seq_lens,
+                int64_t max_new_tokens, int64_t page_size, int64_t rule);
+Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
+                   double spread, int64_t window);
+Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, int64_t sink_pages,
+                  int64_t recent_pages, int64_t window, std::optional<Tensor> budget_pages,
+                  std::optional<Tensor> block_table, int64_t pages_per_block);
+std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pages, Tensor block_table,
+                                         Tensor seq_lens, int64_t page_size, double scale, int64_t window);
+std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
+                                                 Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
+                                                 Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
+                                                 double spread, int64_t sink_pages, int64_t recent_pages,
+                                                 double scale, int64_t window, std::optional<Tensor> budget_pages);
+
+}  // namespace unique_attn

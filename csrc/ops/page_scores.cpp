@@ -1,0 +1,47 @@
+#include "ops.h"
+
+namespace unique_attn {
+
+PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
+                                   const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
+                                   double spread, int64_t window) {
+  PageScoresCall call;
+  PageScoresParams& p = call.params;
+  p.dtype = args.dtype();
+  p.rule = args.rule(rule);
+  p.spread = static_cast<float>(spread);
+  p.q = args.tokens("q", q, call.q);
+  args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
+  args.range("window", window, 0, INT32_MAX);
+  args.tensor("index", index, ScalarType::Byte, 4);
+  args.groups(q.size(2), index.size(1));
+  p.index = args.index(index, p.rule, p.dtype, -1, index.size(1), q.size(3));
+  args.page_size(page_size);
+  p.table = args.table(block_table, seq_lens, q.size(0), index.size(2) * page_size, page_size);
+  if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, index.size(2) * page_size, index.size(0));
+  p.batch = static_cast<int>(q.size(0));
+  p.num_query_tokens = static_cast<int>(q.size(1));
+  p.num_q_heads = static_cast<int>(q.size(2));
+  p.num_kv_heads = static_cast<int>(index.size(1));
+  p.head_dim = static_cast<int>(q.size(3));
+  p.window = static_cast<int>(window);
+  const int64_t num_pages = block_table.size(1) * index.size(2);
+  p.num_pages = static_cast<int>(num_pages);
+  p.fill_outside = true;
+  call.scores = torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), num_pages},
+                                         score_type(q.scalar_type()));
+  p.scores = call.scores.data_ptr();
+  return call;
+}
+
+Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
+                   double spread, int64_t window) {
+  constexpr const char* kOp = "page_scores";
+  const Arguments args(kOp, "q", q);
+  const PageScoresCall call =
+      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, spread, window);
+  Runner(kOp, q).run(call.params);
+  return call.scores;
+}
+
+}  // namespace unique_attn

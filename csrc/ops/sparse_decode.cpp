@@ -1,0 +1,71 @@
+#include "ops.h"
+#include "split_plan.h"
+
+namespace unique_attn {
+
+SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
+                                       const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
+                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window) {
+  SparseDecodeCall call;
+  SparseDecodeParams& p = call.params;
+  p.dtype = args.dtype();
+  p.q = args.tokens("q", q, call.q);
+  args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
+  args.range("window", window, 0, INT32_MAX);
+  p.k_cache = args.cache("k_cache", k_cache);
+  p.v_cache = args.cache("v_cache", v_cache);
+  for (int64_t dim = 0; dim < 4; ++dim) args.size("v_cache", v_cache, dim, k_cache.size(dim), "as in k_cache");
+  args.size("k_cache", k_cache, 3, q.size(3), "head dimension of q");
+  args.groups(q.size(2), k_cache.size(1));
+  p.table = args.table(block_table, seq_lens, q.size(0), k_cache.size(2), page_size);
+  args.tensor("pages", pages, ScalarType::Int, 4);
+  args.size("pages", pages, 0, q.size(0), "sequences");
+  args.size("pages", pages, 1, q.size(1), "query tokens");
+  args.size("pages", pages, 2, k_cache.size(1), "KV heads");
+  args.range("pages.shape[3] (pages per row)", pages.size(3), 1, kMaxSelectedPages);
+  args.contiguous("pages", pages);
+  if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, k_cache.size(2), k_cache.size(0));
+  p.batch = static_cast<int>(q.size(0));
+  p.num_query_tokens = static_cast<int>(q.size(1));
+  p.num_q_heads = static_cast<int>(q.size(2));
+  p.num_kv_heads = static_cast<int>(k_cache.size(1));
+  p.head_dim = static_cast<int>(q.size(3));
+  p.k = static_cast<int>(pages.size(3));
+  p.scale = static_cast<float>(scale);
+  p.window = static_cast<int>(window);
+  p.pages = static_cast<const int32_t*>(pages.data_ptr());
+  const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  call.out = torch::stable::new_empty(q, q.sizes());
+  call.lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
+  p.out = call.out.data_ptr();
+  p.lse = call.lse.data_ptr();
+  p.num_splits = 1;
+  p.partial_out = p.partial_lse = nullptr;
+  if (args.is_cuda()) {
+    const SplitPlan plan =
+        plan_sparse_decode(p.batch, p.num_query_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim, p.k,
+                           static_cast<int>(page_size), multiprocessor_count(q));
+    p.num_splits = plan.num_splits;
+    if (plan.num_splits > 1) {
+      const int64_t floats = static_cast<int64_t>(plan.workspace_bytes / sizeof(float));
+      const int64_t rows = call.lse.numel() * plan.num_splits;
+      call.workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+      p.partial_out = static_cast<float*>(call.workspace.data_ptr());
+      p.partial_lse = p.partial_out + rows * p.head_dim;
+    }
+  }
+  return call;
+}
+
+std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pages, Tensor block_table,
+                                         Tensor seq_lens, int64_t page_size, double scale, int64_t window) {
+  constexpr const char* kOp = "sparse_decode";
+  const Arguments args(kOp, "q", q);
+  const SparseDecodeCall call =
+      prepare_sparse_decode(args, q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window);
+  if (debug_checks()) check_pages(kOp, pages, block_table.size(1) * (k_cache.size(2) / page_size));
+  Runner(kOp, q).run(call.params);
+  return {call.out, call.lse};
+}
+
+}  // namespace unique_attn

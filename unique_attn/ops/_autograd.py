@@ -1,0 +1,35 @@
+"""Decode ops have no gradient. They say so by name instead of returning a silent zero."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+
+class NotDifferentiableError(RuntimeError):
+    """Raised when a gradient is asked of a decode op."""
+
+
+def _message(op: str) -> str:
+    return (
+        f"unique_attn::{op} is a decode op and has no gradient. Call it under torch.no_grad() or detach its "
+        "inputs; for training, run the model without a cache."
+    )
+
+
+def register_no_backward(op: str) -> None:
+    """Make the backward pass through a functional op raise :class:`NotDifferentiableError`."""
+
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotDifferentiableError(_message(op))
+
+    torch.library.register_autograd(f"unique_attn::{op}", backward)
+
+
+def reject_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise if a gradient would have to flow through an op that writes to its inputs."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise NotDifferentiableError(f"{name} requires grad, but {_message(op)}")

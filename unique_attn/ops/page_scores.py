@@ -1,0 +1,63 @@
+"""Score every visible page of every query token."""
+
+from __future__ import annotations
+
+import torch
+
+from unique_attn.ops._autograd import register_no_backward
+from unique_attn.ops._rules import rule_info
+
+
+def page_scores(
+    q: torch.Tensor,
+    index: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    rule: str,
+    page_size: int,
+    spread: float | None = None,
+    window: int = 0,
+) -> torch.Tensor:
+    """The rule's score of each page, maximum over the query heads that share a KV head (UNIQUE section 3).
+
+    The last T tokens of a sequence are its queries: token t stands at position ``seq_lens[b] - T + t`` and sees the
+    pages up to its own.
+
+    Args:
+        q: ``[B, T, Hq, D]``, any strides, T from 1 to 16, ``Hq = G * H`` with G from 1 to 16. Not scaled.
+        index: uint8 ``[num_blocks, H, pages_per_block, entry_bytes]`` as written by :func:`page_index` with keys
+            of q's dtype.
+        block_table: int32 ``[B, max_blocks]``.
+        seq_lens: int32 ``[B]``, tokens in the cache, the queries' own included.
+        rule: the rule the index was written with.
+        page_size: tokens per page.
+        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2); unused by the others.
+        window: tokens a query sees (its own included), 0 for all.
+
+    Returns:
+        ``[B, T, H, P]`` with ``P = max_blocks * pages_per_block``: bf16 for bf16 and fp16 queries, fp32 for fp32,
+        fp64 for fp64. Accumulated in fp32 (fp64). Pages a query does not see hold -inf.
+
+    Raises:
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
+    """
+    info = rule_info(rule)
+    spread = info.spread if spread is None else float(spread)
+    return torch.ops.unique_attn.page_scores(
+        q, index, block_table, seq_lens, page_size, info.id, spread, window
+    )
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores of inputs of ``dtype`` are stored and ordered."""
+    return torch.bfloat16 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@torch.library.register_fake("unique_attn::page_scores")
+def _(q, index, block_table, seq_lens, page_size, rule, spread, window):  # type: ignore[no-untyped-def]
+    pages = block_table.shape[1] * index.shape[2]
+    return q.new_empty((q.shape[0], q.shape[1], index.shape[1], pages), dtype=score_dtype(q.dtype))
+
+
+register_no_backward("page_scores")

@@ -1,0 +1,103 @@
+"""One decode step in one call: append, index, score, select, attend."""
+
+from __future__ import annotations
+
+import torch
+
+from unique_attn.ops._autograd import reject_grad
+from unique_attn.ops._rules import rule_info
+
+
+def unique_decode(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    index: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_pages: int,
+    *,
+    rule: str,
+    page_size: int,
+    spread: float | None = None,
+    sink_pages: int = 1,
+    recent_pages: int = 1,
+    scale: float | None = None,
+    window: int = 0,
+    budget_pages: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`append_kv` (when ``k`` and ``v`` are given), :func:`page_index` of the last T tokens' pages,
+    :func:`page_scores`, :func:`topk_pages` and :func:`sparse_decode`, with results identical to theirs.
+
+    Nothing is read back to the host, so a step can be captured in a CUDA graph and replayed while ``seq_lens``,
+    ``block_table`` and ``budget_pages`` change on the device.
+
+    Args:
+        q: ``[B, T, Hq, D]``, the last T tokens of each sequence.
+        k: ``[B, T, H, D]`` new keys, written at positions ``seq_lens[b] - T + t``; None if they are in the cache.
+        v: like ``k``; None together with it.
+        k_cache: ``[num_blocks, H, block_size, D]``. Written if ``k`` is given.
+        v_cache: like ``k_cache``.
+        index: uint8 from :func:`new_index`. Written.
+        block_table: int32 ``[B, max_blocks]``.
+        seq_lens: int32 ``[B]``, lengths after this step's T tokens.
+        num_pages: pages per row (the budget in pages, k of the paper).
+        rule, page_size, spread, sink_pages, recent_pages, scale, window, budget_pages: as in the single ops.
+
+    Returns:
+        ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected logical ``pages`` ``[B, T, H, num_pages]``.
+
+    Raises:
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; nothing is written then.
+        NotDifferentiableError: an input requires grad while grad mode is on.
+    """
+    info = rule_info(rule)
+    spread = info.spread if spread is None else float(spread)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    return torch.ops.unique_attn.unique_decode(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        index,
+        block_table,
+        seq_lens,
+        num_pages,
+        page_size,
+        info.id,
+        spread,
+        sink_pages,
+        recent_pages,
+        scale,
+        window,
+        budget_pages,
+    )
+
+
+@torch.library.register_fake("unique_attn::unique_decode")
+def _(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    index,
+    block_table,
+    seq_lens,
+    num_pages,
+    page_size,
+    rule,
+    spread,
+    sink_pages,
+    recent_pages,
+    scale,
+    window,
+    budget_pages,
+):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    pages = q.new_empty((q.shape[0], q.shape[1], k_cache.shape[1], num_pages), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype), pages
