@@ -69,9 +69,30 @@ UA_INLINE const T* token_row(const PagedView& cache, int64_t block, int64_t head
          offset * cache.stride_token;
 }
 
-UA_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+// Channels of a cache line.
+template <typename T>
+UA_INLINE constexpr int line_channels() {
+  return 64 / static_cast<int>(sizeof(T));
 }
+
+// Rows to bring into cache while others are worked on, row i with the i-th of those. The list is padded as lists of
+// entries are.
+template <typename T>
+struct Ahead {
+  const T* const* rows;
+  int count;
+  int channels;  // of a row
+
+  // The rows from `begin` on, or null.
+  UA_INLINE const T* const* from(int begin) const { return begin < count ? rows + begin : nullptr; }
+  // Fetches the rows from `begin` on at once, and is done.
+  UA_INLINE void finish(int begin) {
+    for (int i = begin; i < count; ++i) {
+      for (int d = 0; d < channels; d += line_channels<T>()) __builtin_prefetch(rows[i] + d);
+    }
+    count = 0;
+  }
+};
 
 // Rows of q as accumulators, each padded with zeros to whole vectors. `stride`: elements between rows of q.
 template <typename T>
@@ -87,8 +108,10 @@ UA_INLINE void widen_rows(const T* q, int64_t stride, int rows, int head_dim, Ac
 constexpr int kTileSums = kVectorRegisters / 2;
 
 // sums[s][row][entry] (s: u and, if the rule has it, v) of kRows rows of q and kTileSums / (kSums * kRows) entries.
+// `ahead` (or null) is prefetched line by line, because a burst of prefetches would stall the sums.
 template <typename RuleT, int kRows, typename T>
-UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_stride, int head_dim, AccOf<T>* sums) {
+UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_stride, int head_dim, const T* const* ahead,
+                         AccOf<T>* sums) {
   using V = Vec<AccOf<T>>;
   constexpr int kEntries = kTileSums / (RuleT::kSums * kRows);
   constexpr int kCells = kRows * kEntries;
@@ -99,6 +122,13 @@ UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_strid
     V query[kRows];
     UA_UNROLL
     for (int row = 0; row < kRows; ++row) query[row] = load(q + row * q_stride + d, Full());
+    if (ahead != nullptr && d % line_channels<T>() == 0) {
+      UA_UNROLL
+      for (int e = 0; e < kEntries; ++e) {
+        __builtin_prefetch(ahead[e] + d);
+        if constexpr (RuleT::kVectors > 1) __builtin_prefetch(ahead[e] + head_dim + d);
+      }
+    }
     UA_UNROLL
     for (int e = 0; e < kEntries; ++e) {
       const V a = load(entries[e] + d, part);
@@ -117,29 +147,37 @@ UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_strid
   for (int i = 0; i < kTileSums; i += V::kLanes) store(sums + i, sum_each<V::kLanes, 1>(acc + i), Full());
 }
 
-// Sums of kRows rows of q with `count` entries: sums[s * rule_stride + row * row_stride + entry]. `entries` can be
-// read, and written past `count`, up to the next multiple of 16; ahead[i] is brought into cache with entry i.
+// Most entries of a tile. Lists of entries are padded to a multiple of it with anything readable.
+constexpr int kMaxTile = 16;
+
+// Where sums go: at data[s * rule_stride + row * row_stride + entry].
+template <typename Acc>
+struct Sums {
+  Acc* data;
+  int64_t row_stride;
+  int64_t rule_stride;
+};
+
+// Sums of kRows rows of q with `count` entries; those past `count` up to a multiple of kMaxTile are arbitrary.
 template <typename RuleT, int kRows, typename T>
-UA_INLINE void sum_rows(const T** entries, int count, const AccOf<T>* q, int q_stride, int head_dim,
-                        const T* const* ahead, int64_t ahead_bytes, AccOf<T>* sums, int64_t row_stride,
-                        int64_t rule_stride) {
+UA_INLINE void sum_rows(const T* const* entries, int count, const AccOf<T>* q, int q_stride, int head_dim,
+                        Ahead<T>& ahead, Sums<AccOf<T>> sums) {
   using Acc = AccOf<T>;
   constexpr int kEntries = kTileSums / (RuleT::kSums * kRows);
+  static_assert(kEntries <= kMaxTile, "entries are padded to whole tiles");
   for (int e = 0; e < count; e += kEntries) {
-    if (ahead != nullptr) {
-      for (int i = 0; i < kEntries && e + i < count; ++i) prefetch_row(ahead[e + i], ahead_bytes);
-    }
     alignas(64) Acc tile[kTileSums];
-    tile_sums<RuleT, kRows>(entries + e, q, q_stride, head_dim, tile);
+    tile_sums<RuleT, kRows>(entries + e, q, q_stride, head_dim, ahead.from(e), tile);
     UA_UNROLL
     for (int s = 0; s < RuleT::kSums; ++s) {
       UA_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        __builtin_memcpy(sums + s * rule_stride + row * row_stride + e, tile + (s * kRows + row) * kEntries,
-                         kEntries * sizeof(Acc));
+        __builtin_memcpy(sums.data + s * sums.rule_stride + row * sums.row_stride + e,
+                         tile + (s * kRows + row) * kEntries, kEntries * sizeof(Acc));
       }
     }
   }
+  ahead.finish(count);
 }
 
 // Rows are met in fours, so buffers of rows hold this many; the last ones may be arbitrary.
@@ -147,24 +185,21 @@ UA_INLINE int padded_rows(int rows) { return rows < 3 ? rows : static_cast<int>(
 
 // sum_rows for any number of rows.
 template <typename RuleT, typename T>
-UA_INLINE void sum_all_rows(const T** entries, int count, const AccOf<T>* q, int rows, int q_stride, int head_dim,
-                            const T* const* ahead, int64_t ahead_bytes, AccOf<T>* sums, int64_t row_stride,
-                            int64_t rule_stride) {
-  for (int i = count; i % 16 != 0; ++i) entries[i] = entries[count - 1];
+UA_INLINE void sum_all_rows(const T* const* entries, int count, const AccOf<T>* q, int rows, int q_stride, int head_dim,
+                            Ahead<T> ahead, Sums<AccOf<T>> sums) {
   for (int row = 0; row < rows;) {
-    const AccOf<T>* q_row = q + int64_t{row} * q_stride;
-    AccOf<T>* out = sums + row * row_stride;
     if (rows - row >= 3) {
-      sum_rows<RuleT, 4>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      sum_rows<RuleT, 4>(entries, count, q, q_stride, head_dim, ahead, sums);
       row += 4;
+      q += 4 * q_stride;
+      sums.data += 4 * sums.row_stride;
     } else if (rows - row == 2) {
-      sum_rows<RuleT, 2>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      sum_rows<RuleT, 2>(entries, count, q, q_stride, head_dim, ahead, sums);
       row += 2;
     } else {
-      sum_rows<RuleT, 1>(entries, count, q_row, q_stride, head_dim, ahead, ahead_bytes, out, row_stride, rule_stride);
+      sum_rows<RuleT, 1>(entries, count, q, q_stride, head_dim, ahead, sums);
       row += 1;
     }
-    ahead = nullptr;
   }
 }
 

@@ -8,6 +8,8 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
+constexpr int kAhead = 2;  // items from a prefetch to its use
+
 // Touched pages of a sequence.
 UA_INLINE PageRange touched_pages(const PageIndexParams& p, int b) {
   const int seq_len = p.table.seq_lens[b];
@@ -77,16 +79,23 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
       const int64_t from = begin > skipped ? begin - skipped : 0;
       const int64_t to = end - skipped < items ? end - skipped : items;
       const int32_t* blocks = p.table.blocks + b * p.table.stride_seq;
+      const auto keys_of = [&](int64_t item) {
+        const int page = pages.first + static_cast<int>(item / p.num_kv_heads);
+        const int64_t offset = int64_t{page % pages_per_block} * page_size;
+        return token_row<T>(p.k_cache, blocks[page / pages_per_block], item % p.num_kv_heads, offset);
+      };
       for (int64_t i = from; i < to; ++i) {
         const int page = pages.first + static_cast<int>(i / p.num_kv_heads);
-        const int h = static_cast<int>(i % p.num_kv_heads);
-        const int64_t block = blocks[page / pages_per_block];
-        const int inner = page % pages_per_block;
-        const T* keys = token_row<T>(p.k_cache, block, h, int64_t{inner} * page_size);
-        uint8_t* entry = p.index.data + block * p.index.stride_block + h * p.index.stride_head +
-                         inner * p.index.stride_page;
+        const T* const next = keys_of(i + kAhead < items ? i + kAhead : i);
+        for (int j = 0; j < page_size; ++j) {
+          for (int d = 0; d < p.head_dim; d += line_channels<T>()) {
+            __builtin_prefetch(next + j * p.k_cache.stride_token + d);
+          }
+        }
+        uint8_t* entry = p.index.data + blocks[page / pages_per_block] * p.index.stride_block +
+                         i % p.num_kv_heads * p.index.stride_head + page % pages_per_block * p.index.stride_page;
         const int count = min_of(page_size, p.table.seq_lens[b] - page * page_size);
-        encode_page<RuleT>(keys, p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
+        encode_page<RuleT>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
       }
       skipped += items;
     }

@@ -13,7 +13,7 @@ namespace unique_attn {
 struct PageScoresParams {
   DType dtype;  // of q and of the index entries
   Rule rule;
-  float spread;          // lambda of `unique`, c of `directional`
+  double spread;         // lambda of `unique`, c of `directional`
   int batch;             // B
   int num_query_tokens;  // T
   int num_q_heads;       // Hq = G * H
@@ -22,10 +22,10 @@ struct PageScoresParams {
   TokenView q;           // [B, T, Hq, D]
   IndexView index;       // [num_blocks, H, pages_per_block, entry_bytes]
   PageTable table;
-  int window;          // tokens a query sees, 0 for all
-  int num_pages;       // P, the length of a row of scores
-  bool fill_outside;   // write -inf to the pages a query does not see; else leave them unwritten
-  void* scores;        // [B, T, H, P] contiguous
+  int window;         // tokens a query sees, 0 for all
+  int num_pages;      // P, the length of a row of scores
+  bool fill_outside;  // write -inf to the pages a query does not see; else leave them unwritten
+  void* scores;       // [B, T, H, P] contiguous
 };
 
 void page_scores_cpu(const PageScoresParams& params, const CpuExecutor& exec);

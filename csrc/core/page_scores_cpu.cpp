@@ -8,9 +8,8 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-constexpr int kChunk = 64;   // pages per item
-constexpr int kAhead = 16;   // pages from a prefetch to its use
-constexpr int kSumsRow = kChunk;
+constexpr int kChunk = 64;           // pages per item
+constexpr int kAheadBytes = 1 << 14;  // of index entries between a prefetch and its use
 
 template <typename T>
 struct ScoreInfo {
@@ -64,7 +63,8 @@ class PageScorer {
         group(p.num_q_heads / p.num_kv_heads),
         rows(p.num_query_tokens * group),
         q_stride(static_cast<int>(round_up(p.head_dim, V::kLanes))),
-        rule_stride(int64_t{padded_rows(rows)} * kSumsRow),
+        rule_stride(int64_t{padded_rows(rows)} * kChunk),
+        ahead(max_of(min_of(kAheadBytes / static_cast<int>(RuleT::kVectors * p.head_dim * sizeof(T)), kChunk), 1)),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(rows)} * q_stride) + Scratch::padded<Acc>(rows) +
                 Scratch::padded<Acc>(RuleT::kSums * rule_stride)) {
     q = scratch.template take<Acc>(int64_t{padded_rows(rows)} * q_stride);
@@ -80,10 +80,11 @@ class PageScorer {
     const int count = min_of(kChunk, pages.end - first);
     if (count <= 0) return;
     load_queries(b, h);
-    gather(b, h, first, count);
-    const int64_t entry_bytes = RuleT::kVectors * p.head_dim * sizeof(T);
-    sum_all_rows<RuleT>(entries, count, q, rows, q_stride, p.head_dim, ahead, entry_bytes, sums, kSumsRow, rule_stride);
+    gather(b, h, first, count, pages.end);
+    sum_all_rows<RuleT, T>(entries, count, q, rows, q_stride, p.head_dim, Ahead<T>{entries + ahead, count, 0},
+                           Sums<Acc>{sums, kChunk, rule_stride});
     for (int t = 0; t < p.num_query_tokens; ++t) finish_token(b, t, h, first, count);
+    __builtin_memmove(entries, entries + count, located_count * sizeof(entries[0]));
   }
 
  private:
@@ -122,27 +123,36 @@ class PageScorer {
     }
   }
 
-  // Where the entries of the chunk are, and what to bring into cache meanwhile: the entries kAhead pages on, after the
-  // chunk's end those of the next head, whose chunk of the same blocks comes next.
-  UA_INLINE void gather(int b, int h, int first, int count) {
-    const int pages_per_block = p.table.block_size / p.table.page_size;
+  // Where the entries of the chunk are, and after its end those of the next item, so that entries[i + ahead] is what to
+  // bring into cache when entry i is read.
+  void gather(int b, int h, int first, int count, int end) {
     const int32_t* blocks = p.table.blocks + b * p.table.stride_seq;
-    int logical = first / pages_per_block;
-    int inner = first % pages_per_block;
-    const uint8_t* head_data = p.index.data + h * p.index.stride_head;
-    for (int i = 0; i < count; ++i) {
-      entries[i] = reinterpret_cast<const T*>(head_data + blocks[logical] * p.index.stride_block +
-                                              inner * p.index.stride_page);
-      if (++inner == pages_per_block) {
-        inner = 0;
-        ++logical;
+    if (b != located_b || h != located_h || first != located_first) locate(blocks, h, first, count, entries);
+    located_b = b;
+    if (h + 1 < p.num_kv_heads) {  // the same pages
+      located_h = h + 1;
+      located_first = first;
+      located_count = count;
+      for (int i = 0; i < count; ++i) {
+        const auto* entry = reinterpret_cast<const uint8_t*>(entries[i]);
+        entries[count + i] = reinterpret_cast<const T*>(entry + p.index.stride_head);
       }
+    } else {
+      located_h = 0;
+      located_first = first + count;
+      located_count = min_of(kChunk, end - located_first);
+      locate(blocks, 0, located_first, located_count, entries + count);
     }
-    const int64_t next_head = h + 1 < p.num_kv_heads ? p.index.stride_head : 0;
+    for (int i = count + located_count; i < count + ahead + kMaxTile; ++i) entries[i] = entries[i - 1];
+  }
+
+  UA_INLINE void locate(const int32_t* blocks, int h, int first, int count, const T** to) const {
+    const int pages_per_block = p.table.block_size / p.table.page_size;
+    const uint8_t* const data = p.index.data + h * p.index.stride_head;
     for (int i = 0; i < count; ++i) {
-      const int from = i + kAhead < count ? i + kAhead : (i + kAhead) % count;
-      const uint8_t* entry = reinterpret_cast<const uint8_t*>(entries[from]);
-      ahead[i] = reinterpret_cast<const T*>(i + kAhead < count ? entry : entry + next_head);
+      const int page = first + i;
+      to[i] = reinterpret_cast<const T*>(data + blocks[page / pages_per_block] * p.index.stride_block +
+                                         page % pages_per_block * p.index.stride_page);
     }
   }
 
@@ -163,7 +173,7 @@ class PageScorer {
       V best(Acc(0));
       for (int g = 0; g < group; ++g) {
         const int row = t * group + g;
-        const Acc* u = sums + int64_t{row} * kSumsRow + i;
+        const Acc* u = sums + int64_t{row} * kChunk + i;
         const V v = RuleT::kSums > 1 ? load(u + rule_stride, Full()) : V(Acc(0));
         const V scalar = RuleT::kScalar ? load(scalars + i, Full()) : V(Acc(0));
         const V score = RuleT::finish(load(u, Full()), v, scalar, V(RuleT::kScalar ? q_norms[row] : Acc(0)), spread);
@@ -179,12 +189,16 @@ class PageScorer {
   const int rows;
   const int q_stride;
   const int64_t rule_stride;
+  const int ahead;  // entries from a prefetch to its use
   Scratch scratch;
   Acc* q;        // [rows][q_stride]
   Acc* q_norms;  // [rows]
   Acc* sums;     // [kSums][rows][kChunk]
-  const T* entries[kChunk];
-  const T* ahead[kChunk];
+  const T* entries[2 * kChunk + kMaxTile];
+  int located_b = -1;  // the item whose entries are already in `entries`
+  int located_h;
+  int located_first;
+  int located_count;
   alignas(64) Acc norm_lanes[V::kLanes];
 };
 

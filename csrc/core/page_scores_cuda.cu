@@ -9,10 +9,10 @@ namespace unique_attn {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;                                // lanes per page
-constexpr int kPagesPerStep = kThreads / kLanes;         // pages a block scores at once
-constexpr size_t kQueryBytes = 48 * 1024;                // shared memory for the queries
-constexpr int kMaxChunks = kMaxHeadDim / 8 / kLanes;     // 8-channel chunks per lane
+constexpr int kLanes = 8;                             // lanes per page
+constexpr int kPagesPerStep = kThreads / kLanes;      // pages a block scores at once
+constexpr size_t kQueryBytes = 48 * 1024;             // shared memory for the queries
+constexpr int kMaxChunks = kMaxHeadDim / 8 / kLanes;  // 8-channel chunks per lane
 
 template <typename T>
 struct KeyType {
@@ -156,13 +156,14 @@ __global__ void __launch_bounds__(kThreads)
         }
         u = lane_sum(u);
         if (RuleT::kVectors > 1) v = lane_sum(v);
-        const float score = RuleT::finish(u, v, scalar, RuleT::kScalar ? q_norms[row] : 0.f, p.spread);
+        const float score =
+            RuleT::finish(u, v, scalar, RuleT::kScalar ? q_norms[row] : 0.f, static_cast<float>(p.spread));
         any_nan = any_nan || isnan(score);
         best = fmaxf(best, score);
       }
       if (lane == 0 && in_row) {
-        const PageRange range = visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + t), p.window,
-                                              p.table.page_size);
+        const PageRange range =
+            visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + t), p.window, p.table.page_size);
         if (page >= range.first && page < range.end) {
           rows[t * row_stride + page] = from_float<Key>(any_nan ? NAN : best);
         } else if (p.fill_outside) {
@@ -182,8 +183,7 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
   const int chunk = plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, num_sms);
   const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  page_scores_kernel<T, RuleT, CPL>
-      <<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
+  page_scores_kernel<T, RuleT, CPL><<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
   return cudaGetLastError();
 }
 

@@ -215,6 +215,8 @@ UA_INLINE Raw32 extend(Raw16 x) {
   return Raw32(_mm512_maskz_cvtepu16_epi32(kAllLanes, __m256i(x)));
 #elif defined(__AVX2__)
   return Raw32(_mm256_cvtepu16_epi32(__m128i(x)));
+#elif defined(__SSE2__)
+  return Raw32(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&x)), _mm_setzero_si128()));
 #else
   return __builtin_convertvector(x, Raw32);
 #endif

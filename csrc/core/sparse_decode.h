@@ -19,11 +19,11 @@ struct SparseDecodeParams {
   int num_kv_heads;      // H
   int head_dim;          // D
   int k;                 // pages per row
-  float scale;
-  int window;          // tokens a query sees, 0 for all
-  TokenView q;         // [B, T, Hq, D]
-  PagedView k_cache;   // [num_blocks, H, block_size, D], read
-  PagedView v_cache;   // [num_blocks, H, block_size, D], read
+  double scale;
+  int window;            // tokens a query sees, 0 for all
+  TokenView q;           // [B, T, Hq, D]
+  PagedView k_cache;     // [num_blocks, H, block_size, D], read
+  PagedView v_cache;     // [num_blocks, H, block_size, D], read
   const int32_t* pages;  // [B, T, H, k] contiguous logical pages, each at most once; negative entries are skipped
   PageTable table;
   void* out;  // [B, T, Hq, D] contiguous

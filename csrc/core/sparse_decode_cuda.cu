@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
     }
     raw.unpack(q[g]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) q[g][j] *= p.scale * kLog2e;
+    for (int j = 0; j < 8; ++j) q[g][j] *= static_cast<float>(p.scale) * kLog2e;
   }
 
   const int page_size = p.table.page_size;
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
   const int page_begin = split * pages_per_split;
   const int tokens = position < 0 ? 0 : max(min(pages_per_split, p.k - page_begin), 0) << page_shift;
 
+  bool any_visible = false;
   float m[GT], l[GT], acc[GT][8];
 #pragma unroll
   for (int g = 0; g < GT; ++g) {
@@ -76,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
       const int page = token < tokens ? pages[page_begin + (token >> page_shift)] : -1;
       const int at = page * page_size + (token & (page_size - 1));
       visible[i] = page >= 0 && at <= position && at >= first_token;
+      any_visible = any_visible || visible[i];
       // What may not be seen is not read: zeros stand in for it, and its weight is zero.
       k_raw[i].zero();
       v_raw[i].zero();
@@ -154,7 +156,8 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
       for (int j = 0; j < 8; ++j) shared_acc[warp][g][channel + j] = acc[g][j];
     }
   }
-  __syncthreads();
+  // A row without a visible token is 0; one whose logits are all -inf is 0 / 0 = NaN, as in any softmax.
+  const bool empty = __syncthreads_or(any_visible) == 0;
   for (int i = threadIdx.x; i < num_heads * p.head_dim; i += kThreads) {
     const int g = i / p.head_dim;
     const int d = i % p.head_dim;
@@ -168,9 +171,8 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
       l_all += shared_l[w][g] * scale;
       sum += shared_acc[w][g][d] * scale;
     }
-    const bool empty = l_all == 0.f;
     const float out = empty ? 0.f : sum / l_all;
-    const float lse = empty ? -INFINITY : (m_all + log2f(l_all)) * kLn2;
+    const float lse = (m_all + log2f(l_all)) * kLn2;  // -inf where nothing has weight
     const int64_t row = int64_t{blockIdx.x} * p.num_q_heads + q_head + g;
     if (p.num_splits == 1) {
       static_cast<T*>(p.out)[row * p.head_dim + d] = from_float<T>(out);
@@ -193,15 +195,20 @@ __global__ void __launch_bounds__(kMaxHeadDim) combine_splits_kernel(const Spars
     m = fmaxf(m, lses[i]);
     any_nan = any_nan || isnan(lses[i]);
   }
-  float sum = 0.f, total = 0.f;
+  const float* outs = p.partial_out + row * p.num_splits * p.head_dim + threadIdx.x;
+  float sum = 0.f, total = 0.f, weightless = 0.f;
   for (int i = 0; i < p.num_splits; ++i) {
     const float w = any_nan ? NAN : weight(lses[i] * kLog2e, m * kLog2e);
     total += w;
-    if (w != 0.f) sum += w * p.partial_out[(row * p.num_splits + i) * p.head_dim + threadIdx.x];
+    if (w != 0.f) {
+      sum += w * outs[i * p.head_dim];
+    } else {
+      weightless += outs[i * p.head_dim];
+    }
   }
-  const bool empty = total == 0.f;
-  static_cast<T*>(p.out)[row * p.head_dim + threadIdx.x] = from_float<T>(empty ? 0.f : sum / total);
-  if (threadIdx.x == 0) static_cast<float*>(p.lse)[row] = empty ? -INFINITY : m + logf(total);
+  // With no weight anywhere the splits are all 0 (nothing visible), or NaN (logits of -inf), which stays.
+  static_cast<T*>(p.out)[row * p.head_dim + threadIdx.x] = from_float<T>(total == 0.f ? weightless : sum / total);
+  if (threadIdx.x == 0) static_cast<float*>(p.lse)[row] = m + logf(total);
 }
 
 template <typename T, int LPT, int GT>

@@ -1,5 +1,6 @@
-// One work item is one row: radix select over order-preserving integer keys, 8 bits a round, finds the key of the last
-// page to take; a final walk collects the pages in ascending order.
+// One work item is one row. Scores become integers that order as they do; the key of the last page to take is found bit
+// by bit, by counting the keys that are at least as large (one vector comparison a register); a last walk collects the
+// pages in ascending order.
 #include "topk_pages.h"
 
 #include "cpu_tile.h"
@@ -8,46 +9,69 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-constexpr int kBins = 256;
-constexpr int kBlock = 256;  // scores turned into keys at once, in vectors
-
-// The bits of a score type and those of +inf.
+// The integer of a score type's width and the bits of +inf in it.
 template <typename Score>
 struct ScoreBits;
 template <>
 struct ScoreBits<BF16> {
-  using Type = uint16_t;
-  static constexpr uint16_t kInf = 0x7f80;
+  using Key = int16_t;
+  static constexpr Key kInf = 0x7f80;
 };
 template <>
 struct ScoreBits<F16> {
-  using Type = uint16_t;
-  static constexpr uint16_t kInf = 0x7c00;
+  using Key = int16_t;
+  static constexpr Key kInf = 0x7c00;
 };
 template <>
 struct ScoreBits<float> {
-  using Type = uint32_t;
-  static constexpr uint32_t kInf = 0x7f800000u;
+  using Key = int32_t;
+  static constexpr Key kInf = 0x7f800000;
 };
 template <>
 struct ScoreBits<double> {
-  using Type = uint64_t;
-  static constexpr uint64_t kInf = 0x7ff0000000000000ull;
+  using Key = int64_t;
+  static constexpr Key kInf = 0x7ff0000000000000;
 };
 
+template <typename Key>
+constexpr Key kLowest = Key(Key(1) << (sizeof(Key) * 8 - 1));
+
 // Keys order as scores do, with -0 equal to +0 and NaN the smallest of all.
-template <typename Score, typename Key = typename ScoreBits<Score>::Type>
+template <typename Score, typename Key = typename ScoreBits<Score>::Key>
 UA_INLINE void order_keys(const Score* scores, int count, Key* keys) {
-  constexpr Key kSign = Key(Key(1) << (sizeof(Key) * 8 - 1));
-  constexpr Key kInf = ScoreBits<Score>::kInf;
+  constexpr Key kMagnitude = Key(~kLowest<Key>);
   __builtin_memcpy(keys, scores, count * sizeof(Key));
   for (int i = 0; i < count; ++i) {
-    const Key bits = keys[i];
-    const Key magnitude = Key(bits & Key(~kSign));
-    Key key = bits > kSign ? Key(~bits) : Key(bits | kSign);
-    key = magnitude > kInf ? Key(0) : key;
-    keys[i] = key;
+    const Key magnitude = Key(keys[i] & kMagnitude);
+    const Key key = keys[i] < 0 ? Key(-magnitude) : magnitude;
+    keys[i] = magnitude > ScoreBits<Score>::kInf ? kLowest<Key> : key;
   }
+}
+
+// How many of the keys are at least `bound`.
+template <typename Key>
+UA_INLINE int count_from(const Key* keys, int count, Key bound) {
+  constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Key));
+  constexpr int kRun = 1 << 14;  // vectors, so that a lane's count stays in range
+  using Raw = typename RawVector<Key, kVectorBytes>::Type;
+  const Raw bounds = bound - Raw{};
+  const int full = count / kLanes * kLanes;
+  int64_t total = 0;
+  for (int base = 0; base < full;) {
+    const int end = full - base > kRun * kLanes ? base + kRun * kLanes : full;
+    Raw even{}, odd{};
+    for (; base + 2 * kLanes <= end; base += 2 * kLanes) {
+      even -= load_raw<Raw>(keys + base) >= bounds;
+      odd -= load_raw<Raw>(keys + base + kLanes) >= bounds;
+    }
+    if (base < end) {
+      even -= load_raw<Raw>(keys + base) >= bounds;
+      base += kLanes;
+    }
+    for (int i = 0; i < kLanes; ++i) total += int64_t{even[i]} + odd[i];
+  }
+  for (int i = full; i < count; ++i) total += keys[i] >= bound;
+  return static_cast<int>(total);
 }
 
 // What a row takes: sinks [first, first + sinks), recents [end - recents, end), and `wanted` of what lies between.
@@ -72,90 +96,61 @@ UA_INLINE RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
   return row;
 }
 
-template <typename Score>
-class RowSelector {
-  using Key = typename ScoreBits<Score>::Type;
-
- public:
-  // The `wanted` best of scores[low .. high) are those with a key above `threshold`, and the first `ties` equal to it.
-  // Fewer than high - low are wanted, and at least one.
-  void find_threshold(const Score* scores, int low, int high, int wanted) {
-    threshold = 0;
-    ties = wanted;
-    for (int shift = static_cast<int>(sizeof(Key)) * 8 - 8; shift >= 0; shift -= 8) {
-      count_bins(scores, low, high, shift);
-      int bin = kBins - 1;
-      while (static_cast<int>(bins[bin]) < ties) ties -= static_cast<int>(bins[bin--]);
-      threshold = Key(threshold | Key(Key(bin) << shift));
-      // All pages of this bin are wanted: no further round can drop one, and none lies between them and the next bin.
-      if (static_cast<int>(bins[bin]) == ties) return;
-    }
-  }
-
-  template <typename Emit>
-  UA_INLINE void collect(const Score* scores, int low, int high, int wanted, const Emit& emit) {
-    Key keys[kBlock];
-    int left = ties;
-    for (int base = low; base < high && wanted > 0; base += kBlock) {
-      const int count = min_of(kBlock, high - base);
-      order_keys(scores + base, count, keys);
-      for (int from = 0; from < count; from += kGroup) {
-        const int to = min_of(from + kGroup, count);
-        unsigned any = 0;
-        for (int i = from; i < to; ++i) any |= keys[i] >= threshold;
-        if (any == 0) continue;
-        for (int i = from; i < to; ++i) {
-          if (keys[i] < threshold) continue;
-          if (keys[i] == threshold && left-- <= 0) continue;
-          emit(base + i);
-          --wanted;
-        }
-      }
-    }
-  }
-
- private:
-  static constexpr int kGroup = 32;  // keys that are skipped together
-
-  // Histogram of the 8 bits above `shift` of the keys whose higher bits are those of the threshold.
-  void count_bins(const Score* scores, int low, int high, int shift) {
-    constexpr int kTop = static_cast<int>(sizeof(Key)) * 8 - 8;
-    // Neighbouring scores often fall into one bin: four histograms keep the increments independent.
-    uint32_t parts[4][kBins];
-    __builtin_memset(parts, 0, sizeof(parts));
-    Key keys[kBlock];
-    for (int base = low; base < high; base += kBlock) {
-      const int count = min_of(kBlock, high - base);
-      order_keys(scores + base, count, keys);
-      if (shift == kTop) {
-        for (int i = 0; i < count; ++i) ++parts[i & 3][keys[i] >> kTop];
-        continue;
-      }
-      const Key prefix = Key(threshold >> (shift + 8));
-      for (int from = 0; from < count; from += kGroup) {
-        const int to = min_of(from + kGroup, count);
-        unsigned any = 0;
-        for (int i = from; i < to; ++i) any |= Key(keys[i] >> (shift + 8)) == prefix;
-        if (any == 0) continue;
-        for (int i = from; i < to; ++i) {
-          if (Key(keys[i] >> (shift + 8)) == prefix) ++parts[i & 3][keys[i] >> shift & 0xff];
-        }
-      }
-    }
-    for (int i = 0; i < kBins; ++i) bins[i] = parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i];
-  }
-
-  Key threshold;
+// Keys above `bound` are taken, and the first `ties` of those equal to it.
+template <typename Key>
+struct Threshold {
+  Key bound;
   int ties;
-  uint32_t bins[kBins];
 };
+
+// The threshold that takes `wanted` keys, at least one and fewer than `count`.
+template <typename Key>
+UA_INLINE Threshold<Key> find_threshold(const Key* keys, int count, int wanted) {
+  Key bound = kLowest<Key>;  // the largest key so far that `wanted` keys reach
+  int above = 0;             // keys that reach the smallest key so far that fewer reach
+  for (int bit = static_cast<int>(sizeof(Key)) * 8 - 1; bit >= 0; --bit) {
+    const Key candidate = Key(bound ^ Key(Key(1) << bit));
+    const int reach = count_from(keys, count, candidate);
+    if (reach < wanted) {
+      above = reach;
+      continue;
+    }
+    bound = candidate;
+    if (reach == wanted) return {bound, wanted};
+  }
+  return {bound, wanted - above};
+}
+
+// emit(i) for the keys that the threshold takes, in ascending order.
+template <typename Key, typename Emit>
+UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, const Emit& emit) {
+  constexpr int kBlock = 256;
+  alignas(64) uint8_t reaches[kBlock];
+  for (int base = 0; base < count; base += kBlock) {
+    const int size = min_of(kBlock, count - base);
+    for (int i = 0; i < size; ++i) reaches[i] = keys[base + i] >= threshold.bound;
+    for (int i = size; i % 8 != 0; ++i) reaches[i] = 0;
+    for (int i = 0; i < size; i += 8) {
+      uint64_t flags;  // one in each byte
+      __builtin_memcpy(&flags, reaches + i, sizeof(flags));
+      if (flags == 0) continue;
+      for (int j = base + i; j < base + i + 8; ++j) {
+        if (!reaches[j - base]) continue;
+        if (keys[j] == threshold.bound && threshold.ties-- <= 0) continue;
+        emit(j);
+      }
+    }
+  }
+}
 
 template <typename Score>
 void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
   const int64_t rows = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads;
   const int pages_per_block = p.table.block_size / p.table.page_size;
-  parallel_for(exec, rows, grain_for(int64_t{16} * p.num_pages), [&](int64_t begin, int64_t end) {
-    RowSelector<Score> selector;
+  using Key = typename ScoreBits<Score>::Key;
+  parallel_for(exec, rows, grain_for(int64_t{8} * p.num_pages), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::padded<Key>(p.num_pages));
+    Key* const keys = scratch.take<Key>(p.num_pages);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i / p.num_kv_heads;
       const int b = static_cast<int>(token / p.num_query_tokens);
@@ -173,8 +168,9 @@ void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
         for (int page = low; page < high; ++page) emit(page);
       } else if (row.wanted > 0) {
         const Score* scores = static_cast<const Score*>(p.scores) + i * p.num_pages;
-        selector.find_threshold(scores, low, high, row.wanted);
-        selector.collect(scores, low, high, row.wanted, emit);
+        order_keys(scores + low, high - low, keys);
+        const Threshold<Key> threshold = find_threshold(keys, high - low, row.wanted);
+        collect(keys, high - low, threshold, [&](int i) { emit(low + i); });
       }
       for (int page = high; page < row.end; ++page) emit(page);
       while (out < out_end) *out++ = -1;

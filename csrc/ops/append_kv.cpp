@@ -30,10 +30,13 @@ void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   const Arguments args(kOp, "k_cache", k_cache);
   args.floating("k", k, 3);
   args.floating("v", v, 3);
+  args.cache("k_cache", k_cache);
+  for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
+  args.size("k", k, 1, k_cache.size(1), "KV heads of the cache");
+  args.size("k", k, 2, k_cache.size(3), "head dimension of the cache");
   args.tensor("slot_mapping", slot_mapping, ScalarType::Long, 1);
   args.size("slot_mapping", slot_mapping, 0, k.size(0), "tokens of k");
   args.contiguous("slot_mapping", slot_mapping);
-  args.cache("k_cache", k_cache);
   if (debug_checks()) check_slots(kOp, slot_mapping, k_cache.size(0) * k_cache.size(2));
   // One token per "sequence": the slots say where each goes.
   const AppendKvCall call =

@@ -42,9 +42,10 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
                                    double spread, int64_t window);
-TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens, int64_t k,
-                                 int64_t page_size, int64_t sink_pages, int64_t recent_pages, int64_t window,
-                                 const std::optional<Tensor>& budget_pages,
+// `k_name` is what the op calls k.
+TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens,
+                                 const char* k_name, int64_t k, int64_t page_size, int64_t sink_pages,
+                                 int64_t recent_pages, int64_t window, const std::optional<Tensor>& budget_pages,
                                  const std::optional<Tensor>& block_table, int64_t pages_per_block);
 SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
@@ -88,7 +89,7 @@ std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cach
 std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
                                                  Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
                                                  Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
-                                                 double spread, int64_t sink_pages, int64_t recent_pages,
-                                                 double scale, int64_t window, std::optional<Tensor> budget_pages);
+                                                 double spread, int64_t sink_pages, int64_t recent_pages, double scale,
+                                                 int64_t window, std::optional<Tensor> budget_pages);
 
 }  // namespace unique_attn

@@ -9,7 +9,7 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   PageScoresParams& p = call.params;
   p.dtype = args.dtype();
   p.rule = args.rule(rule);
-  p.spread = static_cast<float>(spread);
+  p.spread = spread;
   p.q = args.tokens("q", q, call.q);
   args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
   args.range("window", window, 0, INT32_MAX);
@@ -28,8 +28,8 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   const int64_t num_pages = block_table.size(1) * index.size(2);
   p.num_pages = static_cast<int>(num_pages);
   p.fill_outside = true;
-  call.scores = torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), num_pages},
-                                         score_type(q.scalar_type()));
+  call.scores =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), num_pages}, score_type(q.scalar_type()));
   p.scores = call.scores.data_ptr();
   return call;
 }

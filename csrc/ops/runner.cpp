@@ -39,7 +39,7 @@ void Runner::run(const Params& params, void (*cpu)(const Params&, const CpuExecu
 #ifdef UNIQUE_ATTN_WITH_CUDA
 #define UA_CUDA(function) function
 #else
-#define UA_CUDA(function) nullptr
+#define UA_CUDA(function) static_cast<decltype(&function)>(nullptr)
 #endif
 
 void Runner::run(const AppendKvParams& params) const { run(params, append_kv_cpu, UA_CUDA(append_kv_cuda)); }

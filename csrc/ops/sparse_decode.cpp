@@ -31,7 +31,7 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.num_kv_heads = static_cast<int>(k_cache.size(1));
   p.head_dim = static_cast<int>(q.size(3));
   p.k = static_cast<int>(pages.size(3));
-  p.scale = static_cast<float>(scale);
+  p.scale = scale;
   p.window = static_cast<int>(window);
   p.pages = static_cast<const int32_t*>(pages.data_ptr());
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -42,9 +42,8 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.num_splits = 1;
   p.partial_out = p.partial_lse = nullptr;
   if (args.is_cuda()) {
-    const SplitPlan plan =
-        plan_sparse_decode(p.batch, p.num_query_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim, p.k,
-                           static_cast<int>(page_size), multiprocessor_count(q));
+    const SplitPlan plan = plan_sparse_decode(p.batch, p.num_query_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim,
+                                              p.k, static_cast<int>(page_size), multiprocessor_count(q));
     p.num_splits = plan.num_splits;
     if (plan.num_splits > 1) {
       const int64_t floats = static_cast<int64_t>(plan.workspace_bytes / sizeof(float));

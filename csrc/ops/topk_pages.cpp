@@ -2,9 +2,9 @@
 
 namespace unique_attn {
 
-TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens, int64_t k,
-                                 int64_t page_size, int64_t sink_pages, int64_t recent_pages, int64_t window,
-                                 const std::optional<Tensor>& budget_pages,
+TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens,
+                                 const char* k_name, int64_t k, int64_t page_size, int64_t sink_pages,
+                                 int64_t recent_pages, int64_t window, const std::optional<Tensor>& budget_pages,
                                  const std::optional<Tensor>& block_table, int64_t pages_per_block) {
   TopkPagesCall call;
   TopkPagesParams& p = call.params;
@@ -15,11 +15,11 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
   args.contiguous("scores", scores);
   const int64_t batch = scores.size(0);
   args.range("scores.shape[1] (query tokens)", scores.size(1), 1, kMaxQueryTokens);
-  args.range("k", k, 1, kMaxSelectedPages);
+  args.range(k_name, k, 1, kMaxSelectedPages);
   args.range("sink_pages", sink_pages, 0, k);
   args.range("recent_pages", recent_pages, 0, k);
   if (k < sink_pages + recent_pages) {
-    fail(args.op(), "k", "expected at least sink_pages + recent_pages = ", sink_pages + recent_pages, ", got ", k);
+    fail(args.op(), k_name, "expected at least sink_pages + recent_pages = ", sink_pages + recent_pages, ", got ", k);
   }
   args.range("window", window, 0, INT32_MAX);
   args.range("scores.shape[3] (pages)", scores.size(3), 0, INT32_MAX);
@@ -38,7 +38,11 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
     }
   } else {
     args.seq_lens(seq_lens, batch);
-    p.table = PageTable{nullptr, static_cast<const int32_t*>(seq_lens.data_ptr()), 0, 0, static_cast<int>(page_size),
+    p.table = PageTable{nullptr,
+                        static_cast<const int32_t*>(seq_lens.data_ptr()),
+                        0,
+                        0,
+                        static_cast<int>(page_size),
                         static_cast<int>(page_size)};
   }
   if (debug_checks()) check_seq_lens(args.op(), seq_lens, scores.size(3) * page_size);
@@ -54,8 +58,7 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
   p.scores = scores.data_ptr();
   p.budget_pages = budget_pages.has_value() ? static_cast<const int32_t*>(budget_pages->data_ptr()) : nullptr;
   p.physical = block_table.has_value();
-  call.pages =
-      torch::stable::new_empty(scores, {batch, scores.size(1), scores.size(2), k}, ScalarType::Int);
+  call.pages = torch::stable::new_empty(scores, {batch, scores.size(1), scores.size(2), k}, ScalarType::Int);
   p.pages = static_cast<int32_t*>(call.pages.data_ptr());
   return call;
 }
@@ -65,7 +68,7 @@ Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, 
                   std::optional<Tensor> block_table, int64_t pages_per_block) {
   constexpr const char* kOp = "topk_pages";
   const Arguments args(kOp, "scores", scores);
-  const TopkPagesCall call = prepare_topk_pages(args, scores, seq_lens, k, page_size, sink_pages, recent_pages,
+  const TopkPagesCall call = prepare_topk_pages(args, scores, seq_lens, "k", k, page_size, sink_pages, recent_pages,
                                                 window, budget_pages, block_table, pages_per_block);
   Runner(kOp, scores).run(call.params);
   return call.pages;

@@ -30,6 +30,16 @@ RULES: dict[str, RuleInfo] = {
 SCALAR_BYTES = 16  # the scalar has a slot of its own, so that entries stay 16-byte aligned
 
 
+def same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise if the tensors are not on one device. The dispatcher sends a mix of meta and real tensors to the fake
+    kernels, which would return without computing anything."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given))
+    for name, device in given.items():
+        if device != given[first]:
+            raise ValueError(f"{op}: {name}: expected the device of {first}, {given[first]}, got {device}")
+
+
 def rule_info(rule: str) -> RuleInfo:
     """The :class:`RuleInfo` of ``rule``. Raises ValueError for an unknown name."""
     try:
@@ -60,9 +70,7 @@ def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int) -> torch.Tens
         ValueError: unknown rule, wrong rank, or a block size that is no multiple of the page size.
     """
     if k_cache.dim() != 4:
-        raise ValueError(
-            f"k_cache: expected 4 dimensions [num_blocks, H, block_size, D], got {list(k_cache.shape)}"
-        )
+        raise ValueError(f"k_cache: expected 4 dimensions [num_blocks, H, block_size, D], got {list(k_cache.shape)}")
     num_blocks, heads, block_size, head_dim = k_cache.shape
     if page_size <= 0 or block_size % page_size:
         raise ValueError(f"page_size: expected a divisor of the block size {block_size}, got {page_size}")

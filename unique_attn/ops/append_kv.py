@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
+from unique_attn.ops._rules import same_device
 
 
 def append_kv(
@@ -34,4 +35,5 @@ def append_kv(
 
 @torch.library.register_fake("unique_attn::append_kv")
 def _(k, v, k_cache, v_cache, slot_mapping):  # type: ignore[no-untyped-def]
+    same_device("append_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
     return None

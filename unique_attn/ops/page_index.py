@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import rule_info
+from unique_attn.ops._rules import rule_info, same_device
 
 
 def page_index(
@@ -51,4 +51,7 @@ def page_index(
 
 @torch.library.register_fake("unique_attn::page_index")
 def _(k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, rule):  # type: ignore[no-untyped-def]
+    same_device(
+        "page_index", k_cache=k_cache, index=index, block_table=block_table, start_lens=start_lens, seq_lens=seq_lens
+    )
     return None

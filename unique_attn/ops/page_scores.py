@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
-from unique_attn.ops._rules import rule_info
+from unique_attn.ops._rules import rule_info, same_device
 
 
 def page_scores(
@@ -44,9 +44,7 @@ def page_scores(
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)
-    return torch.ops.unique_attn.page_scores(
-        q, index, block_table, seq_lens, page_size, info.id, spread, window
-    )
+    return torch.ops.unique_attn.page_scores(q, index, block_table, seq_lens, page_size, info.id, spread, window)
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +54,7 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("unique_attn::page_scores")
 def _(q, index, block_table, seq_lens, page_size, rule, spread, window):  # type: ignore[no-untyped-def]
+    same_device("page_scores", q=q, index=index, block_table=block_table, seq_lens=seq_lens)
     pages = block_table.shape[1] * index.shape[2]
     return q.new_empty((q.shape[0], q.shape[1], index.shape[1], pages), dtype=score_dtype(q.dtype))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
+from unique_attn.ops._rules import same_device
 
 
 def sparse_decode(
@@ -40,7 +41,7 @@ def sparse_decode(
     Raises:
         ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
     return torch.ops.unique_attn.sparse_decode(
         q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window
     )
@@ -48,6 +49,9 @@ def sparse_decode(
 
 @torch.library.register_fake("unique_attn::sparse_decode")
 def _(q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window):  # type: ignore[no-untyped-def]
+    same_device(
+        "sparse_decode", q=q, k_cache=k_cache, v_cache=v_cache, pages=pages, block_table=block_table, seq_lens=seq_lens
+    )
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 

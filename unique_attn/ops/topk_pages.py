@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from unique_attn.ops._rules import same_device
+
 
 def topk_pages(
     scores: torch.Tensor,
@@ -70,4 +72,5 @@ def _(  # type: ignore[no-untyped-def]
     block_table,
     pages_per_block,
 ):
+    same_device("topk_pages", scores=scores, seq_lens=seq_lens, budget_pages=budget_pages, block_table=block_table)
     return scores.new_empty((*scores.shape[:3], k), dtype=torch.int32)

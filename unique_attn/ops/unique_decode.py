@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import rule_info
+from unique_attn.ops._rules import rule_info, same_device
 
 
 def unique_decode(
@@ -55,7 +55,7 @@ def unique_decode(
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
     reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.unique_attn.unique_decode(
         q,
@@ -98,6 +98,18 @@ def _(  # type: ignore[no-untyped-def]
     window,
     budget_pages,
 ):
+    same_device(
+        "unique_decode",
+        q=q,
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        index=index,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        budget_pages=budget_pages,
+    )
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     pages = q.new_empty((q.shape[0], q.shape[1], k_cache.shape[1], num_pages), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype), pages

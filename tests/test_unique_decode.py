@@ -1,0 +1,256 @@
+"""unique_decode: the ops in one call. Its own selection and its own attention are tested together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import (
+    CUDA_DTYPES,
+    DEVICES,
+    RULES,
+    Case,
+    Spec,
+    assert_same,
+    assert_selects_best,
+    assert_step,
+    assert_threads_agree,
+    build,
+    examples,
+    poisoned,
+    specs,
+    step,
+)
+from torch import Tensor
+
+from unique_attn import ops, reference
+
+
+def forget_last_tokens(case: Case) -> None:
+    """Put NaN where the step's own tokens go, and 0xFF in the index of the pages that they touch."""
+    spec = case.spec
+    slots = reference.step_slots(case.block_table, case.seq_lens, spec.num_tokens, case.k_cache.shape[2])
+    for slot in slots.tolist():
+        if slot >= 0:
+            block, offset = divmod(slot, case.k_cache.shape[2])
+            case.k_cache[block, :, offset] = torch.nan
+            case.v_cache[block, :, offset] = torch.nan
+            case.index[block, :, offset // spec.page_size] = 0xFF
+
+
+def by_single_ops(case: Case, num_pages: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The step made of the single ops, in place."""
+    spec, tables = case.spec, (case.block_table, case.seq_lens)
+    slots = reference.step_slots(*tables, spec.num_tokens, case.k_cache.shape[2])
+    ops.append_kv(case.k.flatten(0, 1), case.v.flatten(0, 1), case.k_cache, case.v_cache, slots)
+    starts = (case.seq_lens - spec.num_tokens).clamp(min=0)
+    paging = {"rule": spec.rule, "page_size": spec.page_size}
+    ops.page_index(case.k_cache, case.index, case.block_table, starts, case.seq_lens,
+                   max_new_tokens=spec.num_tokens, **paging)  # fmt: skip
+    scores = ops.page_scores(case.q, case.index, *tables, **case.scoring)
+    selecting = {**case.attending, **options}
+    pages = ops.topk_pages(scores, case.seq_lens, num_pages, **selecting)
+    out, lse = ops.sparse_decode(case.q, case.k_cache, case.v_cache, pages, *tables, **case.attending)
+    assert_same(pages, reference.topk_pages(scores.cpu(), case.seq_lens.cpu(), num_pages,
+                                            **{n: o.cpu() if isinstance(o, Tensor) else o
+                                               for n, o in selecting.items()}))  # fmt: skip
+    return out, lse, pages
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+@given(data=st.data())
+@examples(25)
+def test_equals_the_single_ops_and_the_oracle(device: str, rule: str, data: st.DataObject) -> None:
+    case = build(data.draw(specs(rule=rule)), device)
+    options: dict[str, Any] = {"sink_pages": data.draw(st.integers(0, 2)), "recent_pages": data.draw(st.integers(0, 2))}
+    num_pages = max(case.spec.k, options["sink_pages"] + options["recent_pages"])
+    if data.draw(st.booleans(), label="budget"):
+        budget = [data.draw(st.integers(0, num_pages + 1)) for _ in case.spec.lengths]
+        options["budget_pages"] = torch.tensor(budget, dtype=torch.int32, device=device)
+    forget_last_tokens(case)
+    one, parts = case.clone(), case.clone()
+    result = step(one, num_pages, **options)
+    for name, got, expected in zip(
+        ("out", "lse", "pages"), result, by_single_ops(parts, num_pages, **options), strict=True
+    ):
+        assert_same(got, expected, name)
+    for name in ("k_cache", "v_cache", "index"):
+        assert_same(getattr(one, name), getattr(parts, name), name)
+    assert_step(case, one, result, num_pages, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_new_keys(device: str) -> None:
+    """k and v None: the tokens are in the cache already, and only the index is written."""
+    case = build(Spec((61, 7), 3, page_size=8), device)
+    with_kv, without = case.clone(), case.clone()
+    without.index[without.index != 0] = 0xFF
+    without.index.copy_(case.index)
+    expected = step(with_kv, 4)
+    got = step(without, 4, new_keys=False)
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+    for name in ("k_cache", "v_cache", "index"):
+        assert_same(getattr(without, name), getattr(with_kv, name), name)
+    assert_same(without.k_cache, case.k_cache)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+def test_budget_beyond_the_context_is_dense_sdpa(device: str, dtype: torch.dtype) -> None:
+    for rule in RULES:
+        for length in (1, 7, 8, 9, 200):
+            case = build(Spec((length,), 1, 2, 3, 64, 8, 2, dtype=dtype, rule=rule), device)
+            num_pages = max(2, -(-length // 8)) + 3
+            out, _, pages = step(case, num_pages)
+            count = -(-length // 8)
+            assert pages[0, 0, 1].tolist() == list(range(count)) + [-1] * (num_pages - count)
+            cpu = case.to("cpu")
+            keys, values = (
+                reference.gather_tokens(cache, cpu.block_table[0], length)[None].repeat_interleave(3, 1)
+                for cache in (cpu.k_cache, cpu.v_cache)
+            )
+            q = cpu.q.transpose(1, 2)
+            exact = F.scaled_dot_product_attention(q.double(), keys.double(), values.double())
+            same = F.scaled_dot_product_attention(q, keys, values)
+            error = (out.cpu().transpose(1, 2).double() - exact).abs().max()
+            assert error <= 2 * (same.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sequence_decoded_token_by_token(device: str, rule: str) -> None:
+    """From the first token over page, block and budget borders; two sequences of different age."""
+    final = build(Spec((61, 38), rule=rule, page_size=4, pages_per_block=2, group=3, head_dim=24), device)
+    case = final.clone()
+    case.k_cache.fill_(torch.nan)
+    case.v_cache.fill_(torch.nan)
+    case.index.fill_(0xFF)
+    for n in range(1, 62):
+        lens = [n, max(0, n - 23)]
+        case.seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+        case.k, case.v = (
+            torch.stack([
+                cache[final.block_table[b, (length - 1) // 8].long(), :, (length - 1) % 8]
+                if length else torch.zeros(2, 24, device=device)
+                for b, length in enumerate(lens)
+            ])[:, None]
+            for cache in (final.k_cache, final.v_cache)
+        )  # fmt: skip
+        case.q = torch.randn(case.q.shape, generator=torch.Generator().manual_seed(n)).to(device)
+        before = case.clone()
+        result = step(case, 6)
+        if n % 7 in (0, 1) or n > 56:
+            assert_step(before, case, result, 6)
+    for name in ("k_cache", "v_cache"):
+        assert_same(getattr(case, name), getattr(final, name), name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_scores_equal(device: str) -> None:
+    for rule in RULES:
+        case = build(Spec((160,), rule=rule, page_size=8, dtype=torch.bfloat16), device)
+        case.k_cache.fill_(0.5)
+        case.k.fill_(0.5)
+        ops.page_index(case.k_cache, case.index, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
+                       max_new_tokens=160, rule=rule, page_size=8)  # fmt: skip
+        _, _, pages = step(case, 6)
+        assert pages.tolist() == [[[[0, 1, 2, 3, 4, 19]] * 2]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+def test_nan_in_a_far_page_does_not_leak(device: str, rule: str, dtype: torch.dtype) -> None:
+    """A page with a NaN key scores NaN, ranks last, and is not selected while there are others."""
+    case = build(Spec((200,), rule=rule, page_size=8, pages_per_block=1, dtype=dtype, group=3), device)
+    case.k_cache[case.block_table[0, 7].long(), :, 2, 3] = torch.nan
+    case.v_cache[case.block_table[0, 7].long()] = torch.nan
+    ops.page_index(case.k_cache, case.index, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
+                   max_new_tokens=200, rule=rule, page_size=8)  # fmt: skip
+    before = case.clone()
+    out, lse, pages = step(case, 24)  # of 25 pages: all but the bad one
+    assert 7 not in pages.flatten().tolist()
+    assert bool(out.isfinite().all())
+    assert bool(lse.isfinite().all())
+    assert_step(before, case, (out, lse, pages), 24)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_shared_prefix_equals_own_copies(device: str) -> None:
+    for rule in RULES:
+        case = build(Spec((61, 75, 40), 2, rule=rule, page_size=4, shared=True, seed=4), device)
+        assert len(set(case.block_table[:, 0].tolist())) == 1
+        result = step(case, 5)
+        for b in range(3):
+            alone = build(Spec((61, 75, 40), 2, rule=rule, page_size=4, shared=True, seed=4), device)
+            for name in ("q", "k", "v", "block_table", "seq_lens"):
+                setattr(alone, name, getattr(alone, name)[b : b + 1])
+            for got, expected in zip(step(alone, 5), result, strict=True):
+                torch.testing.assert_close(got, expected[b : b + 1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_repeats_and_stale_memory(device: str) -> None:
+    for spec in (Spec((900, 3, 0), 2, 2, 3, 64, 8, dtype=torch.bfloat16), Spec((3000,), 1, 1, 4, 128, 4)):
+        case = build(spec, device)
+        first = step(case, 12)
+        for again in (step(case, 12), poisoned(lambda: step(case, 12))):  # noqa: B023
+            for got, expected in zip(again, first, strict=True):
+                assert_same(got, expected)
+
+
+def test_threads_do_not_change_bits() -> None:
+    for spec in (Spec((900, 3, 90), 2, 2, 3, 64, 8, dtype=torch.bfloat16), Spec((3000,), 1, 1, 4, 128, 4)):
+        case = build(spec)
+        assert_threads_agree(lambda: step(case, 12))  # noqa: B023
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_batch(device: str) -> None:
+    case = build(Spec((), num_tokens=3), device)
+    out, lse, pages = step(case, 5)
+    assert (out.shape, lse.shape, pages.shape) == (case.q.shape, (0, 3, 4), (0, 3, 2, 5))
+
+
+ISA_CHECK = """
+import json, os, torch
+from op_cases import DTYPES, GROUPS, RULES, Spec, assert_step, build, step
+for seed in range(32):
+    dim, page_size = [8, 40, 64, 72, 128][seed % 5], [4, 8, 16, 64][seed % 4]
+    spec = Spec((300, 37, 1), 1 + seed % 3, 2, GROUPS[seed % 10], dim, page_size,
+                dtype=DTYPES[seed % 3], rule=RULES[seed // 8], seed=seed)
+    case = build(spec)
+    before = case.clone()
+    assert_step(before, case, step(case, 4), 4)
+used, cap = json.loads(torch.ops.unique_attn.build_info())["cpu_isa"], os.environ["UNIQUE_ATTN_ISA"]
+order = ["baseline", "avx2", "avx512"]
+assert order.index(used) <= order.index(cap), used
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """The library picks the best the machine has; UNIQUE_ATTN_ISA caps it."""
+    env = {**os.environ, "UNIQUE_ATTN_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ISA_CHECK]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_context_selection(device: str) -> None:
+    """Thousands of pages: the selected ones are the best by the oracle's scores."""
+    for rule in RULES:
+        case = build(Spec((9000, 4100), 1, 2, 4, 64, 8, 2, dtype=torch.bfloat16, rule=rule), device)
+        _, _, pages = step(case, 64)
+        assert_selects_best(pages, case, 64)
