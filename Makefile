@@ -1,0 +1,106 @@
+# `make demo` and `make test` set up everything they need; a second run takes seconds.
+#   PYTHON=python3.12 make test    another interpreter (>= 3.10)
+#   UNIQUE_ATTN_CUDA=auto|0|1      CUDA kernels: when nvcc is found, never, always
+VENV ?= .venv
+# The first interpreter of these that is new enough.
+PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
+	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(python))))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TEST_JOBS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --help
+PY_SOURCES := .
+CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: help setup build demo test test-transformers bench info lint format cuda-compile wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo               sparse generation of a real model over a real document"
+	@echo "make test               the tests"
+	@echo "make test-transformers  the Hugging Face tests on the oldest and the newest transformers"
+	@echo "make build | info       build in place | what was built and where it runs"
+	@echo "make bench BENCH_ARGS='decode ...'"
+	@echo "make lint | format      linters | formatters"
+	@echo "make cuda-compile       compile every CUDA source"
+	@echo "make wheel              a wheel in dist/"
+	@echo "make clean | distclean  remove what was built | the environments too"
+
+# ---- Set-up ----
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 was found: install one or run make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Torch first and alone; afterwards its pin is a constraint, so that nothing brings another torch.
+$(VENV)/.requirements: requirements/torch.txt requirements/dev.txt | $(BIN)/python
+	$(PIP) install -r requirements/torch.txt
+	$(PIP) install -q -c requirements/torch.txt -r requirements/dev.txt
+	@touch $@
+
+# The editable install only points at this folder: `build` compiles, the first time and after every change.
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py
+	$(BIN)/python -m build_tools
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+setup: $(VENV)/.requirements
+
+build: $(VENV)/.installed
+	@$(BIN)/python -m build_tools
+
+# ---- The two commands of the README ----
+
+demo: build
+	$(BIN)/python -m unique_attn demo $(DEMO_ARGS)
+
+test: build
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+# ---- The rest ----
+
+info: build
+	@$(BIN)/python -m unique_attn info
+
+bench: build
+	$(BIN)/python -m unique_attn bench $(BENCH_ARGS)
+
+# An environment with its own transformers on top of $(VENV), whose torch and built package it uses.
+.venv-tf-%/.requirements: requirements/transformers-%.txt requirements/torch.txt $(VENV)/.requirements
+	$(BIN)/python -m venv --clear .venv-tf-$*
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$(.venv-tf-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	.venv-tf-$*/bin/python -m pip --disable-pip-version-check install -q -U -c requirements/torch.txt -r $<
+	@touch $@
+
+test-transformers: build .venv-tf-oldest/.requirements .venv-tf-newest/.requirements
+	@status=0; for version in oldest newest; do \
+		.venv-tf-$$version/bin/python -c "import transformers as t; print('== transformers', t.__version__)"; \
+		.venv-tf-$$version/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
+	done; exit $$status
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check $(PY_SOURCES)
+	$(BIN)/ruff format --check $(PY_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix $(PY_SOURCES)
+	$(BIN)/ruff format $(PY_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+cuda-compile: $(VENV)/.requirements
+	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools cuda
+
+wheel: $(VENV)/.requirements
+	$(BIN)/python -m build --no-isolation --wheel
+
+clean:
+	rm -rf build dist *.egg-info unique_attn/lib unique_attn/_runtime*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.installed
+
+distclean: clean
+	rm -rf $(VENV) .venv-tf-*
