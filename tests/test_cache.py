@@ -1,0 +1,403 @@
+"""UniqueCache against DynamicCache under random operations, and the paged table and storage below it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache, LlamaConfig
+
+from unique_attn import UniqueCache, UniqueConfig, reference
+from unique_attn.cache import Call, UniqueLayer, adopt
+from unique_attn.decode import LayerPages, OutOfStepError, PagedTable, unsupported
+from unique_attn.hf.compat import cropped_length
+from unique_attn.hf.masks import causal_mask, left_padding, shows_padding
+
+HEADS, DIM, LAYERS = 2, 8, 2
+CONFIG = UniqueConfig(page_size=4, budget=64, block_size=8, dense_below=0, max_decode_tokens=5)
+
+
+def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, HEADS, tokens, DIM), torch.randn(batch, HEADS, tokens, DIM)
+
+
+def feed(cache, batch, tokens, *, padding=None, announce=True):
+    """Update every layer as a model would; returns what was fed in. Decode steps attend."""
+    fed = []
+    for layer_idx in range(LAYERS):
+        k, v = states(batch, tokens)
+        fed.append((k, v))
+        length = cache.get_seq_length(layer_idx) + tokens
+        layer = adopt(cache, layer_idx, CONFIG)
+        mask = causal_mask(torch.tensor(padding), tokens, length) if padding and any(padding) else None
+        if announce:
+            layer.announce(Call(mask, None))
+        keys, values = cache.update(k, v, layer_idx)
+        if layer.awaits_decode:
+            assert keys is k
+            assert values is v
+            out, lse, pages = layer.decode(torch.randn(batch, tokens, 2 * HEADS, DIM), None)
+            assert out.shape == (batch, tokens, 2 * HEADS, DIM)
+            assert lse.shape == out.shape[:3]
+            assert pages.shape == (batch, tokens, HEADS, layer.state.config.num_pages)
+        else:
+            assert keys.shape[2] == length
+    return fed
+
+
+def paged_cache(batch=2, length=11, padding=None, config=CONFIG) -> UniqueCache:
+    cache = UniqueCache(config)
+    feed(cache, batch, length - 1, padding=padding)
+    feed(cache, batch, 1, padding=padding)
+    assert all(layer.on_pages for layer in cache.layers)
+    return cache
+
+
+def index_is_exact(layer: UniqueLayer) -> None:
+    """Every page of the layer has the entry that the oracle computes from its keys."""
+    pages, table = layer._pages, layer._table
+    expected = pages.index.clone()
+    lens = table.seq_lens(pages.device)
+    reference.page_index(
+        pages.k,
+        expected,
+        table.block_table(pages.device),
+        lens * 0,
+        lens,
+        max_new_tokens=int(lens.max()),
+        rule=pages.config.rule,
+        page_size=pages.config.page_size,
+    )
+    for got, want in zip(
+        *(reference.decode_index(i, rule="directional", dtype=pages.k.dtype) for i in (pages.index, expected))
+    ):
+        torch.testing.assert_close(got, want)
+
+
+operations = st.one_of(
+    st.tuples(st.just("feed"), st.sampled_from([1, 1, 1, 2, 5, 6, 9])),
+    st.tuples(st.just("crop"), st.integers(1, 12)),
+    st.tuples(st.just("reorder"), st.lists(st.integers(0, 99), min_size=4, max_size=4)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 99), min_size=1, max_size=3)),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("unannounced"), st.integers(1, 3)),
+    st.tuples(st.just("fork"), st.just(0)),
+    st.tuples(st.just("reset"), st.just(0)),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(operations, max_size=14), st.integers(1, 14), st.lists(st.integers(0, 6), min_size=1, max_size=3))
+def test_contents_equal_a_dynamic_cache(ops, length, padding):
+    """Whatever is done to both, the keys and values agree (hidden padding excepted), and forks stay as they were."""
+    torch.manual_seed(0)
+    cache, stock = UniqueCache(CONFIG), DynamicCache()
+    padding = [min(pad, length - 1) for pad in padding]
+    forks = []
+
+    def update(tokens, announce=True):
+        fed = feed(cache, len(padding), tokens, padding=padding, announce=announce)
+        for layer_idx, (k, v) in enumerate(fed):
+            stock.update(k, v, layer_idx)
+
+    update(length)
+    for name, argument in ops:
+        if name == "feed":
+            update(argument)
+        elif name == "unannounced":
+            update(argument, announce=False)
+        elif name == "crop":
+            left = max(max(padding) + 1, stock.get_seq_length() - argument)
+            if left < stock.get_seq_length():  # crop(0) is a matter of the version
+                for each in (cache, stock):
+                    each.crop(left - each.get_seq_length())
+        elif name == "reorder":
+            rows = torch.tensor([row % len(padding) for row in argument[: len(padding)]])
+            padding = [padding[row] for row in rows]
+            cache.reorder_cache(rows)
+            stock.reorder_cache(rows)
+        elif name == "select":
+            rows = torch.tensor([row % len(padding) for row in argument])
+            padding = [padding[row] for row in rows]
+            cache.batch_select_indices(rows)
+            stock.batch_select_indices(rows)
+        elif name == "repeat" and len(padding) < 6:
+            padding = [pad for pad in padding for _ in range(argument)]
+            cache.batch_repeat_interleave(argument)
+            stock.batch_repeat_interleave(argument)
+        elif name == "fork":
+            forks.append((cache, [layer.keys.clone() for layer in cache.layers]))
+            cache = cache.fork()
+        elif name == "reset":
+            cache.reset()
+            stock = DynamicCache()
+            assert cache.get_seq_length() == 0
+            update(length)
+        for layer_idx, layer in enumerate(cache.layers):
+            assert cache.get_seq_length(layer_idx) == stock.get_seq_length(layer_idx)
+            shown = (torch.arange(stock.get_seq_length())[None] >= torch.tensor(padding)[:, None])[:, None, :, None]
+            expected = stock.layers[layer_idx]
+            assert torch.equal(layer.keys * shown, expected.keys * shown)
+            assert torch.equal(layer.values * shown, expected.values * shown)
+            if layer.on_pages:
+                layer._table.pool.check_invariants()
+    for fork, keys in forks:
+        for layer, expected in zip(fork.layers, keys):
+            assert torch.equal(layer.keys, expected)
+
+
+def test_pages_are_entered_by_the_first_announced_step():
+    cache = UniqueCache(UniqueConfig(page_size=4, budget=12, block_size=8))
+    feed(cache, 1, 8)
+    feed(cache, 1, 1, announce=False)
+    feed(cache, 1, 2)
+    assert not any(layer.on_pages for layer in cache.layers)
+    feed(cache, 1, 1)  # the context is as long as the budget
+    assert all(layer.on_pages for layer in cache.layers)
+    assert cache.layers[0]._keys is None
+    feed(cache, 1, 1, announce=False)
+    assert not any(layer.on_pages for layer in cache.layers)
+
+
+def test_context_below_dense_below_leaves_pages():
+    cache = UniqueCache(UniqueConfig(page_size=4, budget=12, block_size=8))
+    feed(cache, 1, 12)
+    feed(cache, 1, 1)
+    assert all(layer.on_pages for layer in cache.layers)
+    for layer in cache.layers:
+        layer.crop(5 - 13 if cropped_length(-8, 13) == 5 else 5)
+    feed(cache, 1, 1)
+    assert not any(layer.on_pages for layer in cache.layers)
+
+
+def test_index_stays_exact_through_crops_and_forks():
+    cache = paged_cache(length=30)
+    fork = cache.fork()
+    cache.crop(-5)
+    feed(cache, 2, 1)
+    feed(fork, 2, 3)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    feed(cache, 2, 2)
+    for each in (cache, fork):
+        for layer in each.layers:
+            index_is_exact(layer)
+
+
+def test_padding_is_not_stored():
+    cache = paged_cache(length=11, padding=[0, 7])
+    assert cache.layers[0].seq_lens.tolist() == [11, 4]
+    assert cache.get_seq_length() == 11
+    assert not cache.layers[0].keys[1, :, :7].any()
+
+
+def test_storage_grows_with_the_pool():
+    cache = paged_cache(batch=1)
+    before = cache.layers[0]._pages.k.shape[0]
+    kept = cache.layers[0].keys
+    for _ in range(5):
+        feed(cache, 1, 90)
+    pages = cache.layers[0]._pages
+    assert before < pages.pool.num_blocks == pages.k.shape[0] == pages.index.shape[0]
+    assert torch.equal(cache.layers[0].keys[:, :, :11], kept)
+    assert cache.layers[0]._table.seq_lens(torch.device("cpu")).tolist() == [461]
+
+
+def test_tables_are_shared_by_layers_and_steps():
+    cache = paged_cache(length=10)
+    table = cache.layers[0]._table
+    assert cache.layers[1]._table is table
+    cpu = torch.device("cpu")
+    blocks = table.block_table(cpu)
+    feed(cache, 2, 1)
+    assert table.block_table(cpu) is blocks  # no new block: the same tensor
+    feed(cache, 2, 6)
+    assert table.block_table(cpu) is not blocks
+    assert table.seq_lens(cpu).tolist() == [17, 17]
+
+
+def test_a_fork_shares_blocks_until_it_writes():
+    cache = paged_cache(batch=1, length=20)
+    pool, table = cache.layers[0]._table.pool, cache.layers[0]._table
+    free = pool.num_free
+    fork = copy.deepcopy(cache)
+    assert fork.layers[0]._pages is cache.layers[0]._pages
+    assert pool.num_free == free
+    feed(fork, 1, 1)
+    assert pool.num_free == free - 1  # the last block, partly filled
+    assert pool.blocks(table.seqs[0])[:2] == pool.blocks(fork.layers[0]._table.seqs[0])[:2]
+    del fork
+    gc.collect()
+    assert pool.num_free == free
+    cache.reset()
+    del table
+    gc.collect()
+    assert pool.num_free == pool.num_blocks
+
+
+def test_pickled_caches_are_dense():
+    cache = paged_cache(padding=[0, 3])
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.unique_config == CONFIG
+    for layer, expected in zip(again.layers, cache.layers):
+        assert not layer.on_pages
+        assert torch.equal(layer.keys, expected.keys)
+    feed(again, 2, 1, padding=[0, 3])
+    assert all(layer.on_pages for layer in again.layers)
+    assert again.layers[0]._table is again.layers[1]._table
+
+
+def test_reset_is_empty():
+    cache = paged_cache()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert not any(layer.on_pages or layer.is_initialized for layer in cache.layers)
+    feed(cache, 3, 7)
+    assert cache.layers[0].keys.shape == (3, HEADS, 7, DIM)
+
+
+def test_interrupted_forward_is_noticed():
+    cache = paged_cache()
+    layer = cache.layers[0]
+    layer.announce(Call(None, None))
+    cache.update(*states(2, 1), 0)  # and layer 1 never hears of it
+    layer.decode(torch.randn(2, 1, 2, DIM), None)
+    with pytest.raises(OutOfStepError, match=r"reset\(\) the cache"):
+        feed(cache, 2, 1)
+    cache.reset()
+    feed(cache, 2, 3)
+
+
+def test_single_layer_operation_is_noticed():
+    cache = paged_cache()
+    cache.layers[1].crop(-2 if cropped_length(-2, 11) == 9 else 9)
+    with pytest.raises(OutOfStepError):
+        feed(cache, 2, 1)
+
+
+def test_layer_that_joins_late():
+    """One layer can use pages only later than the others."""
+    cache, stock = UniqueCache(CONFIG), DynamicCache()
+    for step, tokens in enumerate((10, 1, 1, 2)):
+        for layer_idx, (k, v) in enumerate(states(2, tokens) for _ in range(LAYERS)):
+            layer = adopt(cache, layer_idx, CONFIG)
+            layer.announce(Call(None, "not yet" if layer_idx == 1 and step < 2 else None))
+            cache.update(k, v, layer_idx)
+            stock.update(k, v, layer_idx)
+            if layer.awaits_decode:
+                layer.decode(torch.randn(2, tokens, 2, DIM), None)
+    for layer, expected in zip(cache.layers, stock.layers):
+        assert layer.on_pages
+        assert torch.equal(layer.keys, expected.keys)
+    assert cache.layers[0]._table is cache.layers[1]._table
+
+
+def test_new_tokens_that_nobody_attended_to_are_kept():
+    cache = paged_cache()
+    k, v = states(2, 1)
+    for layer_idx, layer in enumerate(cache.layers):
+        layer.announce(Call(None, None))
+        cache.update(k, v, layer_idx)
+        assert layer.awaits_decode
+        assert torch.equal(layer.keys[:, :, -1:], k)
+        assert torch.equal(layer.values[:, :, -1:], v)
+        assert not layer.awaits_decode
+
+
+def test_setting_keys_leaves_pages():
+    cache = paged_cache()
+    values = cache.layers[0].values
+    cache.layers[0].keys = torch.zeros(2, HEADS, 11, DIM)
+    assert not cache.layers[0].on_pages
+    assert not cache.layers[0].keys.any()
+    assert torch.equal(cache.layers[0].values, values)
+
+
+def test_adoption_keeps_the_object_and_its_contents():
+    cache = DynamicCache()
+    k, v = states(2, 5)
+    cache.update(k, v, 0)
+    layer = adopt(cache, 0, CONFIG)
+    assert cache.layers[0] is layer
+    assert torch.equal(layer.keys, k)
+    assert adopt(cache, 0, CONFIG) is layer
+    assert adopt(cache, 1, CONFIG).state is layer.state
+    assert adopt(None, 0, CONFIG) is None
+
+
+def test_arguments():
+    with pytest.raises(TypeError, match="config: expected a UniqueConfig or None, got dict"):
+        UniqueCache({"budget": 8})
+    with pytest.raises(TypeError, match="model_config: expected a transformers config or None, got int"):
+        UniqueCache(model_config=3)
+    cache = UniqueCache(model_config=LlamaConfig(num_hidden_layers=3))
+    assert [type(layer) for layer in cache.layers] == [UniqueLayer] * 3
+    assert cache.unique_config == UniqueConfig()
+
+
+def test_wrong_batch():
+    cache = paged_cache()
+    with pytest.raises(ValueError, match="key_states: expected the 2 rows of the cache, got 3"):
+        feed(cache, 3, 1)
+    feed(cache, 2, 1)  # nothing happened
+
+
+def test_masks():
+    padding = torch.tensor([0, 3])
+    assert left_padding(None, 2, 1, 9) == [0, 0]
+    assert left_padding(causal_mask(padding, 4, 9), 2, 4, 9) == [0, 3]
+    assert left_padding(causal_mask(padding, 1, 9), 2, 1, 9) == [0, 3]
+    assert left_padding(causal_mask(padding, 1, 9)[:1], 2, 1, 9) == [0, 0]  # one row for all
+    holes = causal_mask(padding, 1, 9)
+    holes[0, 0, 0, 5] = False
+    assert left_padding(holes, 2, 1, 9) is None
+    assert left_padding(causal_mask(torch.tensor([0, 9]), 1, 9), 2, 1, 9) is None  # hides the new token
+    assert left_padding(causal_mask(padding, 1, 8), 2, 1, 9) is None
+    assert left_padding(causal_mask(padding, 1, 9).float(), 2, 1, 9) is None
+    assert not shows_padding(holes, padding)
+    assert shows_padding(None, padding)
+    assert shows_padding(torch.zeros(2, 1, 1, 9), padding)  # additive
+    assert not shows_padding(torch.where(holes, 0.0, -torch.inf), padding)
+
+
+def test_table_refuses_what_is_out_of_step():
+    table = PagedTable.create(5, [0, 2], block_size=4)
+    assert (table.length, table.lengths) == (5, [5, 3])
+    change = table.append(0, 2)
+    assert table.append(0, 2) is change  # the next layer
+    with pytest.raises(OutOfStepError):
+        table.append(0, 3)
+    with pytest.raises(OutOfStepError):
+        table.truncate(0, 2)
+    assert table.truncate(1, 1).copies == []
+    assert (table.lengths, table.padding) == ([1, 0], [0, 1])
+    assert table.select(2, torch.tensor([True, False])).copies == []
+    assert table.batch == 1
+
+
+def test_write_then_gather_in_one_layer():
+    table = PagedTable.create(7, [0, 4], block_size=4)
+    k, v = states(2, 7)
+    pages = LayerPages(table.pool, k, CONFIG.from_dict({**CONFIG.to_dict(), "block_size": 4}))
+    pages.write(k, v, table, 0)
+    keys, values = pages.gather(table, 7)
+    k[1, :, :4] = v[1, :, :4] = 0
+    assert torch.equal(keys, k)
+    assert torch.equal(values, v)
+
+
+def test_unsupported_shapes():
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 3, 16)
+    assert unsupported(q, k, k) is None
+    assert "(16, 16, 8)" in unsupported(q, k, k[..., :8])
+    assert "head dim 12" in unsupported(q[..., :12], k[..., :12], k[..., :12])
+    assert "4 query heads do not share 3" in unsupported(q, torch.randn(1, 3, 3, 16), torch.randn(1, 3, 3, 16))
+    assert "torch.int8" in unsupported(q, k.to(torch.int8), k.to(torch.int8))
+    assert "meta" in unsupported(q.to("meta"), k.to("meta"), k.to("meta"))

@@ -1,0 +1,99 @@
+"""UniqueConfig: what it accepts, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from unique_attn import UniqueConfig, ops
+from unique_attn.config import RULES
+
+
+def test_defaults():
+    config = UniqueConfig()
+    assert (config.rule, config.page_size, config.budget, config.num_pages) == ("directional", 8, 512, 64)
+    assert config.dense_limit == 512
+    assert UniqueConfig(dense_below=0).dense_limit == 0
+    assert config.spread == 2.0
+    assert UniqueConfig(rule="unique", lambda_=0.3).spread == 0.3
+    assert UniqueConfig(rule="mean").spread == 0.0
+
+
+def test_rules_are_those_of_the_ops():
+    assert set(RULES) == set(ops.RULES)
+
+
+def test_frozen_hashable_and_equal():
+    config = UniqueConfig(dense_layers=[3, 1, 3])
+    assert config == UniqueConfig(dense_layers=(1, 3))
+    assert len({config, UniqueConfig(dense_layers=(1, 3))}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.budget = 8
+    assert dataclasses.replace(config, budget=64).num_pages == 8
+
+
+def test_round_trip_through_json():
+    config = UniqueConfig(rule="minmax", budget=256, dense_below=0, dense_layers=(0, 5), c=1.5)
+    assert UniqueConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert UniqueConfig.from_dict({"budget": 64}) == UniqueConfig(budget=64)
+
+
+VALUE_ERRORS = {
+    "rule": ("quest", "expected one of mean, unique, directional, minmax, got 'quest'"),
+    "page_size": (12, "expected one of 4, 8, 16, 32, 64, got 12"),
+    "budget": (100, "expected a multiple of page_size = 8, got 100"),
+    "sink_pages": (-1, "expected at least 0, got -1"),
+    "recent_pages": (-2, "expected at least 0, got -2"),
+    "lambda_": (float("nan"), "expected a finite number of at least 0, got nan"),
+    "c": (-0.5, "expected a finite number of at least 0, got -0.5"),
+    "block_size": (20, "expected a multiple of page_size = 8, got 20"),
+    "index": ("compressed", "expected one of exact, got 'compressed'"),
+    "dense_below": (-1, "expected at least 0, got -1"),
+    "dense_layers": ((0, -1), "expected layer indices of at least 0, got -1"),
+    "max_decode_tokens": (0, "expected at least 1, got 0"),
+}
+TYPE_ERRORS = {
+    "page_size": ("8", "expected an integer, got '8'"),
+    "budget": (512.0, "expected an integer, got 512.0"),
+    "sink_pages": (True, "expected an integer, got True"),
+    "lambda_": ("0.5", "expected a number, got '0.5'"),
+    "c": (None, "expected a number, got None"),
+    "dense_below": (1.5, "expected an integer, got 1.5"),
+    "dense_layers": (3, "expected a tuple of layer indices, got 3"),
+}
+
+
+@pytest.mark.parametrize("field", VALUE_ERRORS)
+def test_bad_values(field):
+    value, message = VALUE_ERRORS[field]
+    with pytest.raises(ValueError, match=f"^UniqueConfig.{field}: ") as caught:
+        UniqueConfig(**{field: value})
+    assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("field", TYPE_ERRORS)
+def test_bad_types(field):
+    value, message = TYPE_ERRORS[field]
+    with pytest.raises(TypeError, match=f"^UniqueConfig.{field}: ") as caught:
+        UniqueConfig(**{field: value})
+    assert str(caught.value).endswith(message)
+
+
+def test_budgets_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"budget: expected room for sink_pages \+ recent_pages = 3 pages of 8 tokens"):
+        UniqueConfig(budget=16, sink_pages=2)
+    with pytest.raises(ValueError, match="budget: expected at most 4096 pages of 4 tokens, got 16388"):
+        UniqueConfig(page_size=4, budget=16388)
+    with pytest.raises(ValueError, match="budget: expected at least 1, got 0"):
+        UniqueConfig(budget=0)
+
+
+def test_from_dict_refuses():
+    with pytest.raises(ValueError, match="got budgets"):
+        UniqueConfig.from_dict({"budgets": 5})
+    with pytest.raises(TypeError, match="expected a mapping, got list"):
+        UniqueConfig.from_dict([1])
+    with pytest.raises(ValueError, match=r"UniqueConfig\.budget"):
+        UniqueConfig.from_dict({"budget": 5})

@@ -1,0 +1,64 @@
+"""Page-sparse attention for PyTorch and Hugging Face: one page index for decoding, training and prefill.
+
+Importing the package loads the ops and registers the attention implementation ``"unique"`` with transformers (as soon
+as that is imported, if it is). It changes nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from unique_attn import ops
+from unique_attn._version import __version__
+from unique_attn.config import UniqueConfig
+from unique_attn.hf.lazy import register_when_imported
+
+if TYPE_CHECKING:
+    from unique_attn import reference
+    from unique_attn._runtime import PagePool, PoolFullError
+    from unique_attn.cache import UniqueCache
+    from unique_attn.hf.hooks import SelectionRecord
+    from unique_attn.hf.model import disable, enable, record_selection
+
+__all__ = [
+    "PagePool",
+    "PoolFullError",
+    "SelectionRecord",
+    "UniqueCache",
+    "UniqueConfig",
+    "__version__",
+    "disable",
+    "enable",
+    "ops",
+    "record_selection",
+    "reference",
+]
+
+# Imported at first use: transformers takes seconds, and not everybody has it.
+_LAZY = {
+    "PagePool": "unique_attn._runtime",
+    "PoolFullError": "unique_attn._runtime",
+    "SelectionRecord": "unique_attn.hf.hooks",
+    "UniqueCache": "unique_attn.cache",
+    "disable": "unique_attn.hf.model",
+    "enable": "unique_attn.hf.model",
+    "record_selection": "unique_attn.hf.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module("unique_attn.reference")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_imported()

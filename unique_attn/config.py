@@ -1,0 +1,156 @@
+"""What a user can choose: which rule scores the pages, how many are read, and which layers stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
+from typing import Any
+
+RULES = ("mean", "unique", "directional", "minmax")
+PAGE_SIZES = (4, 8, 16, 32, 64)
+INDEX_STORAGE = ("exact",)
+MAX_PAGES = 4096  # pages that topk_pages can select
+
+
+@dataclass(frozen=True)
+class UniqueConfig:
+    """Settings of page-sparse decoding. Immutable and checked: every field is valid once an instance exists.
+
+    Attributes:
+        rule: how a page is scored: ``directional`` (default), ``unique`` (the paper), ``minmax`` (Quest) or
+            ``mean``.
+        page_size: tokens per page: 4, 8, 16, 32 or 64.
+        budget: tokens a query attends to, per KV head; a multiple of ``page_size``. Sink and recent pages count.
+        sink_pages: first pages of a sequence that are always read.
+        recent_pages: last pages up to the query's own that are always read.
+        lambda_: weight of the spread in the ``unique`` rule.
+        c: standard deviations that the ``directional`` rule adds to the mean.
+        block_size: tokens per physical block of the paged storage; a multiple of ``page_size``.
+        index: storage of the page index; ``exact`` keeps it in the keys' dtype.
+        dense_below: contexts of fewer tokens use dense attention; ``None`` means ``budget``, below which sparse
+            attention would read everything anyway.
+        dense_layers: indices of layers that always use dense attention.
+        max_decode_tokens: a call with at most this many new tokens on a cache that is not empty is a decode
+            step (one token, or the drafts of speculative decoding); with more it is prefill and dense.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value that is not allowed. Both name the field, what is expected and what it got.
+    """
+
+    rule: str = "directional"
+    page_size: int = 8
+    budget: int = 512
+    sink_pages: int = 1
+    recent_pages: int = 1
+    lambda_: float = 0.5
+    c: float = 2.0
+    block_size: int = 64
+    index: str = "exact"
+    dense_below: int | None = None
+    dense_layers: tuple[int, ...] = field(default=())
+    max_decode_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        self._choice("rule", RULES)
+        self._integer("page_size", 1)
+        self._choice("page_size", PAGE_SIZES)
+        self._integer("budget", 1)
+        self._multiple("budget", self.page_size)
+        self._integer("sink_pages", 0)
+        self._integer("recent_pages", 0)
+        for name in ("lambda_", "c"):
+            self._number(name)
+        self._integer("block_size", 1)
+        self._multiple("block_size", self.page_size)
+        self._choice("index", INDEX_STORAGE)
+        if self.dense_below is not None:
+            self._integer("dense_below", 0)
+        self._layers("dense_layers")
+        self._integer("max_decode_tokens", 1)
+        if self.num_pages > MAX_PAGES:
+            raise ValueError(
+                f"UniqueConfig.budget: expected at most {MAX_PAGES} pages of {self.page_size} tokens, got {self.budget}"
+            )
+        forced = self.sink_pages + self.recent_pages
+        if forced > self.num_pages:
+            raise ValueError(
+                f"UniqueConfig.budget: expected room for sink_pages + recent_pages = {forced} pages of "
+                f"{self.page_size} tokens, got {self.budget} tokens"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that a query reads, k in the paper: ``budget // page_size``."""
+        return self.budget // self.page_size
+
+    @property
+    def spread(self) -> float:
+        """The rule's weight of a page's spread: ``lambda_`` or ``c``; 0 for rules without one."""
+        return {"unique": self.lambda_, "directional": self.c}.get(self.rule, 0.0)
+
+    @property
+    def dense_limit(self) -> int:
+        """``dense_below`` with its default filled in."""
+        return self.budget if self.dense_below is None else self.dense_below
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of all fields that :meth:`from_dict` (and JSON) can take."""
+        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UniqueConfig:
+        """The config with these fields, others at their defaults.
+
+        Raises:
+            TypeError: ``values`` is no mapping, or a field has the wrong type.
+            ValueError: an unknown field, or a value that is not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"UniqueConfig.from_dict: expected a mapping, got {type(values).__name__}")
+        known = {each.name for each in fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(
+                f"UniqueConfig.from_dict: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}"
+            )
+        return cls(**values)
+
+    # ---- Checks. ----
+
+    def _choice(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            choices = ", ".join(map(str, allowed))
+            raise ValueError(f"UniqueConfig.{name}: expected one of {choices}, got {value!r}")
+
+    def _integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"UniqueConfig.{name}: expected an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"UniqueConfig.{name}: expected at least {least}, got {value}")
+
+    def _multiple(self, name: str, unit: int) -> None:
+        value = getattr(self, name)
+        if value % unit:
+            raise ValueError(f"UniqueConfig.{name}: expected a multiple of page_size = {unit}, got {value}")
+
+    def _number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"UniqueConfig.{name}: expected a number, got {value!r}")
+        if not isfinite(value) or value < 0:
+            raise ValueError(f"UniqueConfig.{name}: expected a finite number of at least 0, got {value}")
+
+    def _layers(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, (str, bytes)) or not isinstance(value, (tuple, list, set, frozenset, range)):
+            raise TypeError(f"UniqueConfig.{name}: expected a tuple of layer indices, got {value!r}")
+        for layer in value:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise TypeError(f"UniqueConfig.{name}: expected layer indices, got {layer!r}")
+            if layer < 0:
+                raise ValueError(f"UniqueConfig.{name}: expected layer indices of at least 0, got {layer}")
+        object.__setattr__(self, name, tuple(sorted(set(value))))  # hashable, and equal however it was written

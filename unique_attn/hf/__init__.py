@@ -1,0 +1,1 @@
+"""The Hugging Face drop-in. Importing this package does not import transformers."""

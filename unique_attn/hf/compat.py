@@ -1,0 +1,122 @@
+"""Where transformers 4.57 to 5.x differ. Nothing else in the package asks which version is installed."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import transformers
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+except ImportError as error:
+    raise ImportError(
+        f"the Hugging Face part of unique_attn needs transformers >= 4.57 ({error}): pip install 'transformers>=4.57'"
+    ) from error
+
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "DynamicCache",
+    "DynamicLayer",
+    "PreTrainedModel",
+    "cropped_length",
+    "eager_attention",
+    "family_supports_sdpa",
+    "is_plain_causal_step",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "shares_kv",
+    "warn_once",
+]
+
+_CROP_COUNTS_TOKENS = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+_warned: set[tuple[Any, ...]] = set()
+# By attention class. Plain dictionaries, because torch.compile warns of functools.cache.
+_eager: dict[type, Callable[..., Any] | None] = {}
+_has_sdpa: dict[type, bool] = {}
+
+
+def warn_once(message: str, *key: Any) -> None:
+    """Warn, but only the first time in this process that these ``key`` values occur."""
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"unique_attn: {message}", UserWarning, stacklevel=3)
+
+
+def cropped_length(amount: int, length: int) -> int:
+    """Tokens that remain of ``length`` after ``Cache.crop(amount)``, by the installed version's convention.
+
+    Up to some 5.x, a positive amount is the length to keep and a negative one the tokens to drop; later, all
+    amounts are tokens to drop and must not be positive.
+    """
+    if _CROP_COUNTS_TOKENS and amount > 0:
+        raise ValueError(
+            f"crop: expected a negative number of tokens to remove (or 0), got {amount}: this version of transformers "
+            f"({transformers.__version__}) does not take the length to keep"
+        )
+    if amount < 0 or _CROP_COUNTS_TOKENS:
+        return max(0, length - abs(amount))
+    return min(amount, length)
+
+
+def sdpa_mask(**kwargs: Any) -> Any:
+    """The mask function that transformers registers for ``sdpa``."""
+    function: Any = AttentionMaskInterface._global_mapping["sdpa"]
+    return function(**kwargs)
+
+
+def is_plain_causal_step(kwargs: dict[str, Any]) -> bool:
+    """Whether these arguments of a mask function ask for the causal mask of one new token on a growing cache."""
+    if "q_length" in kwargs:
+        one_token = isinstance(kwargs["q_length"], int) and kwargs["q_length"] == 1
+    else:
+        one_token = kwargs["cache_position"].shape[0] == 1
+    return (
+        one_token
+        and kwargs.get("mask_function") is causal_mask_function
+        and not kwargs.get("use_vmap", False)
+        and kwargs.get("allow_is_causal_skip", True)  # False for static caches and where a mask must exist
+        and kwargs.get("kv_offset", 0) == 0
+        and ("q_offset" not in kwargs or kwargs["q_offset"] + 1 == kwargs["kv_length"])
+    )
+
+
+def shares_kv(config: Any) -> bool:
+    """Whether some layers of the model read the keys and values of other layers (Gemma 3n, Gemma 4)."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return any(mode is not None for mode in modes) or bool(getattr(config, "num_kv_shared_layers", 0))
+
+
+def eager_attention(module_class: type) -> Callable[..., Any] | None:
+    """The family's own eager attention function, or None if its modeling file has none."""
+    if module_class not in _eager:
+        files = [sys.modules.get(each.__module__) for each in module_class.__mro__]
+        found = (getattr(file, "eager_attention_forward", None) for file in files)
+        _eager[module_class] = next((function for function in found if function is not None), None)
+    return _eager[module_class]
+
+
+def family_supports_sdpa(module_class: type) -> bool:
+    """Whether the family of an attention class computes the same with ``sdpa`` as with eager attention."""
+    if module_class not in _has_sdpa:
+        _has_sdpa[module_class] = _family_supports_sdpa(module_class)
+    return _has_sdpa[module_class]
+
+
+def _family_supports_sdpa(module_class: type) -> bool:
+    for each in module_class.__mro__:
+        models = [
+            value
+            for value in vars(sys.modules.get(each.__module__, object)).values()
+            if isinstance(value, type) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
+        ]
+        if models:
+            return any(model._supports_sdpa for model in models)
+    return True
