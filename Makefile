@@ -14,7 +14,7 @@ BENCH_ARGS ?= --help
 PY_SOURCES := .
 CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help setup build demo test test-transformers bench info lint format cuda-compile wheel clean distclean
+.PHONY: help setup build demo test test-transformers bench info sanitize lint format cuda-compile wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-transformers  the Hugging Face tests on the oldest and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
 	@echo "make bench BENCH_ARGS='decode ...'"
+	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
 	@echo "make lint | format      linters | formatters"
 	@echo "make cuda-compile       compile every CUDA source"
 	@echo "make wheel              a wheel in dist/"
@@ -80,6 +81,11 @@ test-transformers: build .venv-tf-oldest/.requirements .venv-tf-newest/.requirem
 		.venv-tf-$$version/bin/python -c "import transformers as t; print('== transformers', t.__version__)"; \
 		.venv-tf-$$version/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
 	done; exit $$status
+
+# On a machine with a GPU.
+sanitize: build
+	for tool in memcheck racecheck; do PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitizer_workload.py || exit 1; done
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PY_SOURCES)

@@ -7,8 +7,10 @@
 #include <cstring>
 
 #include "append_kv.h"
+#include "page_boundary.h"
 #include "page_index.h"
 #include "page_scores.h"
+#include "soft_mask_attention.h"
 #include "sparse_decode.h"
 #include "topk_pages.h"
 
@@ -28,6 +30,9 @@ namespace unique_attn {
   void page_scores_cpu(const PageScoresParams&, const CpuExecutor&); \
   void topk_pages_cpu(const TopkPagesParams&, const CpuExecutor&);   \
   void sparse_decode_cpu(const SparseDecodeParams&, const CpuExecutor&); \
+  void page_boundary_cpu(const PageBoundaryParams&, const CpuExecutor&); \
+  void soft_mask_forward_cpu(const SoftMaskForwardParams&, const CpuExecutor&); \
+  void soft_mask_backward_cpu(const SoftMaskBackwardParams&, const CpuExecutor&); \
   }
 UA_FOR_EACH_ISA(UA_DECLARE_ISA)
 
@@ -40,10 +45,13 @@ struct Kernels {
   void (*page_scores)(const PageScoresParams&, const CpuExecutor&);
   void (*topk_pages)(const TopkPagesParams&, const CpuExecutor&);
   void (*sparse_decode)(const SparseDecodeParams&, const CpuExecutor&);
+  void (*page_boundary)(const PageBoundaryParams&, const CpuExecutor&);
+  void (*soft_mask_forward)(const SoftMaskForwardParams&, const CpuExecutor&);
+  void (*soft_mask_backward)(const SoftMaskBackwardParams&, const CpuExecutor&);
 };
 
 #define UA_KERNELS(isa) \
-  {#isa, isa::append_kv_cpu, isa::page_index_cpu, isa::page_scores_cpu, isa::topk_pages_cpu, isa::sparse_decode_cpu},
+  {#isa, isa::append_kv_cpu, isa::page_index_cpu, isa::page_scores_cpu, isa::topk_pages_cpu, isa::sparse_decode_cpu, isa::page_boundary_cpu, isa::soft_mask_forward_cpu, isa::soft_mask_backward_cpu},
 constexpr Kernels kKernels[] = {UA_FOR_EACH_ISA(UA_KERNELS)};  // from the lowest
 constexpr int kNumIsas = sizeof(kKernels) / sizeof(kKernels[0]);
 
@@ -91,6 +99,15 @@ void page_scores_cpu(const PageScoresParams& params, const CpuExecutor& exec) { 
 void topk_pages_cpu(const TopkPagesParams& params, const CpuExecutor& exec) { kernels().topk_pages(params, exec); }
 void sparse_decode_cpu(const SparseDecodeParams& params, const CpuExecutor& exec) {
   kernels().sparse_decode(params, exec);
+}
+void page_boundary_cpu(const PageBoundaryParams& params, const CpuExecutor& exec) {
+  kernels().page_boundary(params, exec);
+}
+void soft_mask_forward_cpu(const SoftMaskForwardParams& params, const CpuExecutor& exec) {
+  kernels().soft_mask_forward(params, exec);
+}
+void soft_mask_backward_cpu(const SoftMaskBackwardParams& params, const CpuExecutor& exec) {
+  kernels().soft_mask_backward(params, exec);
 }
 
 }  // namespace unique_attn

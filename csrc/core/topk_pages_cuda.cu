@@ -2,27 +2,11 @@
 // for fp32) finds the k-th largest key; then every warp walks its own stretch of the row and writes what is above it,
 // and the lowest pages among those equal to it. No step depends on the order in which threads run.
 #include "device_utils.cuh"
+#include "radix_select.cuh"
 #include "topk_pages.h"
 
 namespace unique_attn {
 namespace {
-
-constexpr int kBins = 256;
-
-// Order-preserving keys: larger score, larger key. -0 counts as +0, NaN is the smallest key of all.
-__device__ __forceinline__ unsigned order_key(__nv_bfloat16 x) {
-  unsigned bits = __bfloat16_as_ushort(x);
-  if ((bits & 0x7fffu) > 0x7f80u) return 0u;
-  if (bits == 0x8000u) bits = 0u;
-  return bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-}
-
-__device__ __forceinline__ unsigned order_key(float x) {
-  unsigned bits = __float_as_uint(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0u;
-  if (bits == 0x80000000u) bits = 0u;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 struct RowPlan {
   int first;        // candidates are [first, end)
@@ -47,9 +31,7 @@ __device__ __forceinline__ RowPlan plan_row(const TopkPagesParams& p, int b, int
 template <typename Score, int kThreads>
 __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesParams p) {
   constexpr int kWarps = kThreads / kWarp;
-  constexpr int kKeyBits = sizeof(Score) * 8;
-  __shared__ unsigned histogram[kBins];
-  __shared__ unsigned state[2];  // chosen bin, pages still wanted inside it
+  __shared__ RadixScratch shared;
   __shared__ int above[kWarps], equal[kWarps];
 
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
@@ -84,59 +66,9 @@ __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesPar
   // The free candidates are one stretch [low, high), longer than `wanted`.
   const int low = row.first + row.sinks;
   const int high = row.end - row.recents;
-  unsigned prefix = 0;  // leading bits of the k-th largest key
-  unsigned remaining = wanted;
-#pragma unroll
-  for (int shift = kKeyBits - 8; shift >= 0; shift -= 8) {
-    for (int i = tid; i < kBins; i += kThreads) histogram[i] = 0;
-    __syncthreads();
-    for (int base = low; base < high; base += kThreads) {
-      const int page = base + tid;
-      bool counts = page < high;
-      unsigned key = 0;
-      if (counts) {
-        key = order_key(scores[page]);
-        counts = shift == kKeyBits - 8 || (key >> (shift + 8)) == prefix;
-      }
-      const unsigned bin = key >> shift & 0xffu;
-      // Scores share their leading bits, so a warp mostly hits one bin: one atomic for all lanes with the same bin.
-      const unsigned lanes = __ballot_sync(kFullMask, counts);
-      if (counts) {
-        const unsigned same = __match_any_sync(lanes, bin);
-        if (lane == __ffs(same) - 1) atomicAdd(&histogram[bin], __popc(same));
-      }
-    }
-    __syncthreads();
-    if (warp == 0) {
-      // Lane l sums the bins from the top: 255 - 8 l down to 248 - 8 l.
-      unsigned sum = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum += histogram[kBins - 1 - (lane * 8 + i)];
-      unsigned inclusive = sum;
-#pragma unroll
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const unsigned other = __shfl_up_sync(kFullMask, inclusive, offset);
-        if (lane >= offset) inclusive += other;
-      }
-      unsigned before = inclusive - sum;  // keys in higher bins
-      if (before < remaining && inclusive >= remaining) {
-        for (int i = 0; i < 8; ++i) {
-          const int bin = kBins - 1 - (lane * 8 + i);
-          if (before + histogram[bin] >= remaining) {
-            state[0] = bin;
-            state[1] = remaining - before;
-            break;
-          }
-          before += histogram[bin];
-        }
-      }
-    }
-    __syncthreads();
-    prefix = prefix << 8 | state[0];
-    remaining = state[1];
-  }
+  const RadixSelection kth = radix_select<kThreads>(scores, low, high, wanted, shared);
 
-  // Take every key above `prefix` and the first `remaining` ones equal to it. Stretches of whole warps, in page order.
+  // Take every key above the k-th and the first `kth.ties` ones equal to it. Stretches of whole warps, in page order.
   const int per_warp = ((high - low + kWarps - 1) / kWarps + kWarp - 1) / kWarp * kWarp;
   const int begin = min(low + warp * per_warp, high);
   const int end = min(begin + per_warp, high);
@@ -144,8 +76,8 @@ __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesPar
   for (int base = begin; base < end; base += kWarp) {
     const int page = base + lane;
     const unsigned key = page < end ? order_key(scores[page]) : 0u;
-    num_above += __popc(__ballot_sync(kFullMask, page < end && key > prefix));
-    num_equal += __popc(__ballot_sync(kFullMask, page < end && key == prefix));
+    num_above += __popc(__ballot_sync(kFullMask, page < end && key > kth.key));
+    num_equal += __popc(__ballot_sync(kFullMask, page < end && key == kth.key));
   }
   if (lane == 0) {
     above[warp] = num_above;
@@ -157,13 +89,13 @@ __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesPar
     above_before += above[w];
     equal_before += equal[w];
   }
-  const int ties = static_cast<int>(remaining);
+  const int ties = static_cast<int>(kth.ties);
   const unsigned lower_lanes = (1u << lane) - 1u;
   for (int base = begin; base < end; base += kWarp) {
     const int page = base + lane;
     const unsigned key = page < end ? order_key(scores[page]) : 0u;
-    const bool is_above = page < end && key > prefix;
-    const bool is_equal = page < end && key == prefix;
+    const bool is_above = page < end && key > kth.key;
+    const bool is_equal = page < end && key == kth.key;
     const unsigned above_mask = __ballot_sync(kFullMask, is_above);
     const unsigned equal_mask = __ballot_sync(kFullMask, is_equal);
     const int equal_rank = equal_before + __popc(equal_mask & lower_lanes);

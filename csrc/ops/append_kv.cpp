@@ -42,7 +42,7 @@ void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   const AppendKvCall call =
       prepare_append_kv(args, torch::stable::unsqueeze(k, 1), torch::stable::unsqueeze(v, 1), k_cache, v_cache,
                         static_cast<const int64_t*>(slot_mapping.data_ptr()), PageTable{});
-  Runner(kOp, k_cache).run(call.params);
+  Runner(kOp, k_cache).run(call.params, append_kv_cpu, UA_CUDA(append_kv_cuda));
 }
 
 }  // namespace unique_attn

@@ -69,6 +69,22 @@ void check_pages(const char* op, const Tensor& pages, int64_t num_pages) {
   }
 }
 
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen) {
+  const Tensor host = on_host(cu_seqlens);
+  const auto* values = static_cast<const int32_t*>(host.data_ptr());
+  const int64_t last = host.numel() - 1;
+  if (values[0] != 0) fail(op, "cu_seqlens", "expected 0 at [0], got ", values[0]);
+  for (int64_t b = 0; b < last; ++b) {
+    if (values[b + 1] < values[b] || values[b + 1] - values[b] > max_seqlen) {
+      fail(op, "cu_seqlens", "expected ascending numbers at most max_seqlen = ", max_seqlen, " apart, got ", values[b],
+           " and ", values[b + 1], " at [", b, "]");
+    }
+  }
+  if (values[last] != total_tokens) {
+    fail(op, "cu_seqlens", "expected the number of tokens ", total_tokens, " at the end, got ", values[last]);
+  }
+}
+
 void check_start_lens(const char* op, const Tensor& start_lens, const Tensor& seq_lens, int64_t max_new_tokens) {
   const Tensor starts = on_host(start_lens);
   const Tensor lens = on_host(seq_lens);

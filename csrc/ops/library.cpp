@@ -1,5 +1,6 @@
 // The schema table: the one place where the ops get their names and signatures. `rule` is Rule of types.h.
 #include "ops.h"
+#include "training.h"
 
 STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.def(
@@ -20,6 +21,17 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "unique_decode(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
       "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, float spread, int sink_pages, "
       "int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
+      "float spread, int sink_pages, int recent_pages) -> Tensor");
+  m.def(
+      "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? theta, "
+      "Tensor? tau, Tensor? pages, int page_size, int rule, float spread, int sink_pages, int recent_pages, "
+      "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float spread, "
+      "int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 // One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.
@@ -29,7 +41,10 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));     \
   m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));       \
   m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode)); \
-  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode))
+  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode)); \
+  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary)); \
+  m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward)); \
+  m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CPU, m) { UA_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CUDA, m) { UA_REGISTER(m); }

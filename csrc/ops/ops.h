@@ -7,6 +7,7 @@
 #include "arguments.h"
 #include "page_index.h"
 #include "page_scores.h"
+#include "runner.h"
 #include "sparse_decode.h"
 #include "topk_pages.h"
 
@@ -50,29 +51,6 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
 SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
                                        const Tensor& seq_lens, int64_t page_size, double scale, int64_t window);
-
-// Runs on the tensors' device: PyTorch's thread pool, or the current CUDA stream of that device.
-class Runner {
- public:
-  Runner(const char* op, const Tensor& first);
-  void run(const AppendKvParams& params) const;
-  void run(const PageIndexParams& params) const;
-  void run(const PageScoresParams& params) const;
-  void run(const TopkPagesParams& params) const;
-  void run(const SparseDecodeParams& params) const;
-
- private:
-  template <typename Params>
-  void run(const Params& params, void (*cpu)(const Params&, const CpuExecutor&),
-           cudaError_t (*cuda)(const Params&, cudaStream_t)) const;
-
-  const char* op_;
-  bool cuda_;
-  cudaStream_t stream_ = nullptr;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-int multiprocessor_count(const Tensor& tensor);
 
 // ---- The registered functions; library.cpp has their schemas. ----
 

@@ -38,7 +38,7 @@ void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_l
   const Arguments args(kOp, "k_cache", k_cache);
   const PageIndexCall call = prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens,
                                                 max_new_tokens, page_size, rule);
-  Runner(kOp, k_cache).run(call.params);
+  Runner(kOp, k_cache).run(call.params, page_index_cpu, UA_CUDA(page_index_cuda));
 }
 
 }  // namespace unique_attn

@@ -40,7 +40,7 @@ Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, 
   const Arguments args(kOp, "q", q);
   const PageScoresCall call =
       prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, spread, window);
-  Runner(kOp, q).run(call.params);
+  Runner(kOp, q).run(call.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
   return call.scores;
 }
 

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cach
   const SparseDecodeCall call =
       prepare_sparse_decode(args, q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window);
   if (debug_checks()) check_pages(kOp, pages, block_table.size(1) * (k_cache.size(2) / page_size));
-  Runner(kOp, q).run(call.params);
+  Runner(kOp, q).run(call.params, sparse_decode_cpu, UA_CUDA(sparse_decode_cuda));
   return {call.out, call.lse};
 }
 

@@ -70,7 +70,7 @@ Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, 
   const Arguments args(kOp, "scores", scores);
   const TopkPagesCall call = prepare_topk_pages(args, scores, seq_lens, "k", k, page_size, sink_pages, recent_pages,
                                                 window, budget_pages, block_table, pages_per_block);
-  Runner(kOp, scores).run(call.params);
+  Runner(kOp, scores).run(call.params, topk_pages_cpu, UA_CUDA(topk_pages_cuda));
   return call.pages;
 }
 

@@ -1,10 +1,15 @@
-"""The ops, in the order the data flows: append -> index -> scores -> top-k -> attention."""
+"""The ops, in the order the data flows.
+
+Decoding: append -> index -> scores -> top-k -> attention. Training: index -> boundary -> soft mask attention.
+"""
 
 from unique_attn.ops._autograd import NotDifferentiableError
 from unique_attn.ops._rules import RULES, decode_index, index_entry_bytes, new_index
 from unique_attn.ops.append_kv import append_kv
+from unique_attn.ops.page_boundary import page_boundary
 from unique_attn.ops.page_index import page_index
 from unique_attn.ops.page_scores import page_scores, score_dtype
+from unique_attn.ops.soft_mask_attention import soft_mask_attention
 from unique_attn.ops.sparse_decode import sparse_decode
 from unique_attn.ops.topk_pages import topk_pages
 from unique_attn.ops.unique_decode import unique_decode
@@ -16,9 +21,11 @@ __all__ = [
     "decode_index",
     "index_entry_bytes",
     "new_index",
+    "page_boundary",
     "page_index",
     "page_scores",
     "score_dtype",
+    "soft_mask_attention",
     "sparse_decode",
     "topk_pages",
     "unique_decode",

@@ -1,0 +1,35 @@
+// The ops of sparsity-aware training. As in ops.h, everything is checked before anything runs.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "page_boundary.h"
+#include "soft_mask_attention.h"
+
+namespace unique_attn {
+
+PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens, int64_t total_tokens,
+                                 int64_t max_seqlen, int64_t page_size);
+IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, const PackedSequences& seqs,
+                       int64_t num_kv_heads, int64_t head_dim);
+
+// ---- The registered functions; library.cpp has their schemas. ----
+
+Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
+                     int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages);
+
+std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int64_t max_seqlen,
+                                             std::optional<Tensor> index, std::optional<Tensor> theta,
+                                             std::optional<Tensor> tau, std::optional<Tensor> pages,
+                                             int64_t page_size, int64_t rule, double spread, int64_t sink_pages,
+                                             int64_t recent_pages, double scale);
+
+std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                      Tensor lse, Tensor cu_seqlens, int64_t max_seqlen,
+                                                      std::optional<Tensor> index, std::optional<Tensor> theta,
+                                                      std::optional<Tensor> tau, std::optional<Tensor> pages,
+                                                      int64_t page_size, int64_t rule, double spread,
+                                                      int64_t sink_pages, int64_t recent_pages, double scale);
+
+}  // namespace unique_attn

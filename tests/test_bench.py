@@ -1,0 +1,89 @@
+"""The benchmarks run, count bytes right, and write JSON that says where it was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from unique_attn import bench
+from unique_attn.__main__ import main
+from unique_attn.bench import _harness
+from unique_attn.bench._harness import Timing
+
+SMALL = ["--context", "1024", "--heads", "4/2", "--head-dim", "32", "--budget", "128", "--repeats", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch):
+    """Timing is not what is tested here."""
+    monkeypatch.setattr(_harness.ColdCache, "flush", lambda self: None)
+    real = _harness.bandwidth
+    for module in (_harness, importlib.import_module("unique_attn.bench.decode")):
+        monkeypatch.setattr(module, "bandwidth", lambda device: real(device, rounds=1, size=1 << 20))
+
+
+def test_every_benchmark_has_the_parts():
+    assert "decode" in bench.names()
+    for name in bench.names():
+        module = importlib.import_module(f"unique_attn.bench.{name}")
+        assert module.__doc__
+        assert all(callable(getattr(module, part)) for part in ("add_arguments", "run", "report"))
+
+
+@pytest.mark.parametrize("rule", ["mean", "unique", "directional", "minmax"])
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture, device, rule: str):
+    path = tmp_path / "deep" / "decode.json"
+    argv = ["bench", "decode", *SMALL, "--rule", rule, "--device", str(device), "--dtype", "fp32", "--out", str(path)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "x faster" in printed
+    assert str(path) in printed
+    result = json.loads(path.read_text())
+    assert result["options"]["rule"] == rule
+    assert result["max_error_against_fp32"] < 1e-5
+    rows, pages, entry = 2, 128, {"mean": 128, "unique": 128 + 16, "directional": 256, "minmax": 256}[rule]
+    assert result["bytes"]["index"] == rows * pages * entry
+    assert result["bytes"]["selected_kv"] == rows * 128 * 2 * 128
+    assert result["bytes"]["dense"] == rows * 1024 * 2 * 128
+    assert result["sdpa"]["bytes"] == result["bytes"]["dense"]
+    assert result["unique_decode"]["bytes"] == result["bytes"]["index"] + result["bytes"]["selected_kv"]
+    best = result["sdpa_ways"][result["sdpa"]["way"]]["median_ms"]
+    assert best == min(way["median_ms"] for way in result["sdpa_ways"].values())
+    assert result["speedup"] == pytest.approx(best / result["unique_decode"]["median_ms"], rel=0.02, abs=0.01)
+    assert set(result["parts"]) == {"page_index", "page_scores", "topk_pages", "sparse_decode"}
+    environment = result["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == torch.get_num_threads()
+    assert str(Path.home()) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--heads", "32"], "--heads: expected QUERY/KV"),
+        (["--context", "1000"], "--context: expected a multiple of the block size 64, got 1000"),
+        (["--budget", "100"], "--budget: expected a multiple of the page size 8, got 100"),
+        (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+    ],
+)
+def test_bad_options(argv: list[str], complaint: str):
+    with pytest.raises(SystemExit, match=complaint):
+        main(["bench", "decode", *argv])
+
+
+def test_timing():
+    timing = Timing.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
+    assert timing == Timing(median=6.0, p10=2.0, p90=10.0, best=1.0, rounds=11)
+    assert timing.to_json()["median_ms"] == 6000.0
+
+
+def test_measure_takes_turns():
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = _harness.measure(runs, torch.device("cpu"), rounds=3, warmup=1)
+    assert calls == list("abababab")
+    assert all(timing.rounds == 3 for timing in timings.values())

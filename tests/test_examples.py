@@ -1,0 +1,31 @@
+"""Each example runs as a person would run it, and its own checks pass."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SAYS = {
+    "generate.py": "tokens agree under the small budget",
+    "kv_cache_ops.py": "both agree within rounding",
+}
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name: str, device):
+    if name == "generate.py":
+        pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--device", str(device)],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert SAYS[name] in done.stdout

@@ -1,0 +1,75 @@
+"""Recorded selections become the right array, and pictures that can be opened."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unique_attn.viz import Selections, plot_layers, plot_selection
+
+pytest.importorskip("matplotlib")
+
+
+def record(layer: int, length: int, pages: list[list[int]]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """One step of one layer for a batch of two, whose first row is a decoy; ``pages`` are those of each head."""
+    chosen = torch.tensor(pages, dtype=torch.int32)[None, None]
+    return layer, torch.tensor([5, length], dtype=torch.int32), torch.cat([torch.zeros_like(chosen), chosen])
+
+
+def random_selections(steps: int, layers: int, heads: int, pages: int) -> Selections:
+    read = np.random.default_rng(0).random((steps, layers, heads, pages)) < 0.2
+    return Selections(read, tuple(range(layers)), 8, tuple(range(8 * pages - steps, 8 * pages)))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_records_become_an_array():
+    records = [
+        record(4, 17, [[0, 1, -1], [2, -1, -1]]),
+        record(2, 17, [[1, 2, -1], [0, 1, 2]]),
+        record(4, 25, [[3, -1, -1], [-1, -1, -1]]),
+        record(2, 25, [[0, 3, -1], [1, -1, -1]]),
+    ]
+    s = Selections.from_records(records, page_size=8, sequence=1)
+    assert s.layers == (2, 4)
+    assert s.seq_lens == (17, 25)
+    assert s.tokens == 32
+    expected = np.zeros((2, 2, 2, 4), dtype=bool)
+    for step, layer, head, pages in [
+        (0, 0, 0, [1, 2]), (0, 0, 1, [0, 1, 2]), (0, 1, 0, [0, 1]), (0, 1, 1, [2]),
+        (1, 0, 0, [0, 3]), (1, 0, 1, [1]), (1, 1, 0, [3]),
+    ]:  # fmt: skip
+        expected[step, layer, head, pages] = True
+    np.testing.assert_array_equal(s.read, expected)
+
+
+def test_several_query_tokens_are_united():
+    pages = torch.tensor([[[[0, 1]], [[0, 3]]]], dtype=torch.int32)  # [1, 2, 1, 2]
+    s = Selections.from_records([(0, torch.tensor([30]), pages)], page_size=8)
+    assert s.read[0, 0, 0].tolist() == [True, True, False, True]
+
+
+def test_bad_records():
+    with pytest.raises(ValueError, match="at least one decode step"):
+        Selections.from_records([], page_size=8)
+    uneven = [record(0, 17, [[0]]), record(0, 18, [[0]]), record(1, 17, [[0]])]
+    with pytest.raises(ValueError, match=r"same number of steps of each layer, got \[1, 2\]"):
+        Selections.from_records(uneven, page_size=8)
+
+
+@pytest.mark.parametrize(("steps", "layers", "heads", "pages"), [(1, 1, 1, 1), (12, 5, 3, 90), (50, 12, 9, 33)])
+def test_pictures(tmp_path: Path, steps: int, layers: int, heads: int, pages: int):
+    s = random_selections(steps, layers, heads, pages)
+    path = plot_selection(
+        s, tmp_path / "new" / "a.png", subtitle="$ not mathtext", step_labels=["a_b$"] * steps, marks={"here": 3}
+    )
+    assert min(png_size(path)) > 300
+    assert min(png_size(plot_layers(s, tmp_path / "b.png", marks={"here": 3}))) > 200

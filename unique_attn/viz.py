@@ -1,0 +1,281 @@
+"""Pictures of what page-sparse decoding reads, drawn from recorded selections.
+
+:class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
+:func:`plot_selection` draws them in one figure (by step above, by layer and head below), :func:`plot_layers` draws
+every single choice, one panel a layer. Needs matplotlib; nothing else in the package imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Record = tuple[int, torch.Tensor, torch.Tensor]  # layer, seq_lens [B], pages [B, T, H, k]
+
+INK, MUTED, GRID, ACCENT, PAPER = "#1f2933", "#7b8794", "#d9dee3", "#d9730d", "#ffffff"
+RAMP = ["#f5f7f9", "#cfdfe8", "#8fb8cc", "#3f87a6", "#14566f", "#0a2e3d"]  # light to dark, one hue
+HEADS = ["#14566f", "#b5541c", "#5b6f2f", "#6b4c8a", "#8a6d1d", "#a03e5a", "#37756b", "#4f5b66"]
+
+
+@dataclass(frozen=True)
+class Selections:
+    """Which pages one sequence read.
+
+    Attributes:
+        read: bool ``[steps, layers, heads, pages]``; True where the head of that layer read the page in that step.
+        layers: the model's layer number of each row of ``read``.
+        page_size: tokens per page.
+        seq_lens: tokens in the cache at each step, the query's own included.
+    """
+
+    read: np.ndarray
+    layers: tuple[int, ...]
+    page_size: int
+    seq_lens: tuple[int, ...]
+
+    @classmethod
+    def from_records(cls, records: Iterable[Record], *, page_size: int, sequence: int = 0) -> Selections:
+        """Collect what :func:`unique_attn.record_selection` recorded.
+
+        Args:
+            records: ``(layer, seq_lens [B], pages [B, T, H, k])`` for each layer and decode step, in the order of the
+                steps; negative pages are padding. With several query tokens a page counts as read if any read it.
+            page_size: tokens per page.
+            sequence: which row of the batch.
+
+        Raises:
+            ValueError: no records, or layers with different numbers of steps.
+        """
+        by_layer: dict[int, list[Record]] = {}
+        for record in records:
+            by_layer.setdefault(record[0], []).append(record)
+        if not by_layer:
+            raise ValueError("records: expected at least one decode step over pages, got none")
+        layers = tuple(sorted(by_layer))
+        counts = sorted({len(steps) for steps in by_layer.values()})
+        if len(counts) != 1:
+            raise ValueError(f"records: expected the same number of steps of each layer, got {counts}")
+        seq_lens = tuple(int(lens[sequence]) for _, lens, _ in by_layer[layers[0]])
+        heads = by_layer[layers[0]][0][2].shape[2]
+        read = np.zeros((counts[0], len(layers), heads, -(-max(seq_lens) // page_size)), dtype=bool)
+        for row, layer in enumerate(layers):
+            for step, (_, _, pages) in enumerate(by_layer[layer]):
+                for head in range(heads):
+                    chosen = pages[sequence, :, head].flatten().cpu().numpy()
+                    read[step, row, head, chosen[chosen >= 0]] = True
+        return cls(read, layers, page_size, seq_lens)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the position axis: the tokens that the pages cover."""
+        return int(self.read.shape[-1] * self.page_size)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("unique_attn.viz needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _ramp() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("unique_attn", RAMP)
+
+
+def _norm() -> Any:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, 1)  # a page that few heads read must still show
+
+
+def _style(ax: Any) -> None:
+    for side in ("top", "right", "left", "bottom"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(length=0, labelsize=8, colors=INK)
+
+
+def _mark(axes: Sequence[Any], marks: Mapping[str, int]) -> None:
+    """Point at each marked token position from above every axis, and name it above the first: the data stays free."""
+    for name, position in marks.items():
+        for ax in axes:
+            ax.plot(
+                [position], [1.0], marker="v", markersize=6, color=ACCENT, clip_on=False,
+                transform=ax.get_xaxis_transform(), zorder=5,
+            )  # fmt: skip
+        axes[0].annotate(
+            name,
+            (position, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=ACCENT,
+        )
+
+
+def _bar(figure: Any, image: Any, box: Sequence[float], label: str) -> None:
+    bar = figure.colorbar(image, cax=figure.add_axes(box), ticks=[0, 0.02, 0.1, 0.25, 0.5, 0.75, 1], format="{x:.0%}")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8, colors=INK)
+    bar.set_label(label, fontsize=8.5, color=INK)
+
+
+def plot_selection(
+    selections: Selections,
+    path: str | Path,
+    *,
+    title: str = "What each decode step read",
+    subtitle: str = "",
+    step_labels: Sequence[str] | None = None,
+    marks: Mapping[str, int] | None = None,
+) -> Path:
+    """Draw the selections by step (above) and by layer and head (below) over the token positions.
+
+    Args:
+        selections: what was read.
+        path: where the PNG goes; its folder is made.
+        title, subtitle: above the picture.
+        step_labels: a name for each step, such as the generated token.
+        marks: positions to point at, by name, such as where the answer stands.
+
+    Returns:
+        ``path``.
+    """
+    plt = _pyplot()
+    read = selections.read
+    steps, layers, heads, _ = read.shape
+    rows = layers * heads
+    by_step = read.reshape(steps, rows, -1).mean(1)
+    by_head = read.mean(0).reshape(rows, -1)
+
+    top, bottom = max(1.4, 0.145 * steps), max(2.6, 0.078 * rows)
+    height = top + bottom + 2.4
+    figure = plt.figure(figsize=(13, height), facecolor=PAPER)
+    left, width = 0.085, 0.82
+    y_bottom = 0.62 / height
+    y_top = y_bottom + (bottom + 0.5) / height
+    ax_step = figure.add_axes((left, y_top, width, top / height))
+    ax_head = figure.add_axes((left, y_bottom, width, bottom / height), sharex=ax_step)
+
+    extent = (0, selections.tokens)
+    style: dict[str, Any] = {"aspect": "auto", "cmap": _ramp(), "norm": _norm(), "interpolation": "nearest"}
+    image = ax_step.imshow(by_step, extent=(*extent, steps, 0), **style)
+    ax_head.imshow(by_head, extent=(*extent, rows, 0), **style)
+    labels = list(step_labels) if step_labels is not None else [str(i + 1) for i in range(steps)]
+    every = max(1, -(-steps // 48))
+    ax_step.set_yticks([i + 0.5 for i in range(0, steps, every)], labels[::every])
+    ax_step.set_ylabel("decode step", fontsize=9, color=INK)
+    ax_step.tick_params(labelbottom=False)
+    every = max(1, -(-layers // 32))
+    shown = list(range(0, layers, every))
+    ax_head.set_yticks([(i + 0.5) * heads for i in shown], [str(selections.layers[i]) for i in shown])
+    ax_head.set_ylabel(f"layer ({heads} KV heads each)", fontsize=9, color=INK)
+    ax_head.set_xlabel(f"position in the context (tokens; one page is {selections.page_size})", fontsize=9, color=INK)
+    for ax in (ax_step, ax_head):
+        _style(ax)
+    for layer in range(1, layers):
+        ax_head.axhline(layer * heads, color=PAPER, linewidth=0.7)
+    _mark((ax_step, ax_head), marks or {})
+
+    x_bar = left + width + 0.02
+    _bar(figure, image, (x_bar, y_bottom, 0.012, bottom / height), "share that read the page")
+    captions = {
+        ax_step: f"By step: share of the {rows} pairs of layer and KV head",
+        ax_head: f"By layer and KV head: share of the {steps} steps",
+    }
+    for ax, caption in captions.items():
+        ax.set_title(caption, loc="left", fontsize=10, color=INK, pad=8)
+    figure.text(left, 1 - 0.32 / height, title, fontsize=15, color=INK, weight="bold", va="top")
+    figure.text(left, 1 - 0.63 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
+    return _save(plt, figure, path)
+
+
+def plot_layers(
+    selections: Selections,
+    path: str | Path,
+    *,
+    title: str = "Every page that was read",
+    subtitle: str = "",
+    marks: Mapping[str, int] | None = None,
+    columns: int = 3,
+) -> Path:
+    """Draw every choice: one panel a layer, a band for each KV head, and in it a line for each step, first step on top.
+
+    Arguments are those of :func:`plot_selection`; ``columns`` is the number of panels side by side.
+    """
+    plt = _pyplot()
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    steps, layers, heads, pages = selections.read.shape
+    columns = min(columns, layers)
+    lines = -(-layers // columns)
+    gap = max(1, steps // 10)
+    panel = min(2.2, max(0.55, 0.0095 * heads * (steps + gap)))
+    height = lines * (panel + 0.26) + 1.75
+    figure = plt.figure(figsize=(5.6 * columns, height), facecolor=PAPER)
+    for i, layer in enumerate(selections.layers):
+        line, column = divmod(i, columns)
+        picture = np.ones((heads * (steps + gap) - gap, pages, 3))
+        for head in range(heads):
+            band = slice(head * (steps + gap), head * (steps + gap) + steps)
+            picture[band] = to_rgb(RAMP[0])
+            picture[band][selections.read[:, i, head]] = to_rgb(HEADS[head % len(HEADS)])
+        bottom = 1 - (1.05 + (line + 1) * (panel + 0.26)) / height
+        box = (0.035 + column * 0.965 / columns, bottom, 0.965 / columns - 0.02, panel / height)
+        ax = figure.add_axes(box)
+        ax.imshow(
+            picture,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0, selections.tokens, picture.shape[0], 0),
+        )
+        _style(ax)
+        ax.set_yticks([])
+        ax.set_ylabel(str(layer), rotation=0, fontsize=9, color=INK, ha="right", va="center", labelpad=4)
+        below = i + columns >= layers
+        ax.tick_params(labelbottom=below)
+        if below:
+            ax.set_xlabel("position in the context (tokens)", fontsize=9, color=INK)
+        for position in (marks or {}).values():
+            ax.plot([position], [0], marker="v", markersize=4, color=ACCENT, clip_on=False, zorder=5)
+    keys = [Patch(color=HEADS[h % len(HEADS)], label=f"KV head {h}") for h in range(heads)]
+    for name in marks or {}:
+        keys.append(plt.Line2D([], [], color=ACCENT, marker="v", markersize=6, linewidth=0, label=name))
+    figure.legend(
+        handles=keys,
+        loc="upper right",
+        bbox_to_anchor=(0.985, 1 - 0.22 / height),
+        ncols=min(len(keys), 9),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+    figure.text(0.035, 1 - 0.28 / height, title, fontsize=15, color=INK, weight="bold", va="top")
+    note = "one panel a layer (its number at the left), one band a KV head, one line a decode step, first step on top"
+    figure.text(
+        0.035, 1 - 0.6 / height, f"{subtitle}\n{note}" if subtitle else note, fontsize=9.5, color=MUTED, va="top",
+        linespacing=1.4,
+    )  # fmt: skip
+    return _save(plt, figure, path)
+
+
+def _save(plt: Any, figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor=PAPER)
+    plt.close(figure)
+    return path
