@@ -1,6 +1,5 @@
 // One work item is one new token: its keys and values of all heads are copied as they are.
 #include "append_kv.h"
-
 #include "cpu_tile.h"
 
 namespace unique_attn {
@@ -25,7 +24,8 @@ UA_INLINE Slot find_slot(const AppendKvParams& p, int64_t b, int64_t t) {
 UA_INLINE void copy_token(const TokenView& source, const PagedView& cache, int64_t b, int64_t t, Slot slot, int heads,
                           int64_t size, int64_t row_bytes) {
   const char* from = static_cast<const char*>(source.data) + (b * source.stride_batch + t * source.stride_token) * size;
-  char* to = static_cast<char*>(cache.data) + (slot.block * cache.stride_block + slot.offset * cache.stride_token) * size;
+  char* to =
+      static_cast<char*>(cache.data) + (slot.block * cache.stride_block + slot.offset * cache.stride_token) * size;
   for (int h = 0; h < heads; ++h) {
     __builtin_memcpy(to + h * cache.stride_head * size, from + h * source.stride_head * size, row_bytes);
   }

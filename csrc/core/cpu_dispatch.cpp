@@ -23,15 +23,15 @@
 
 namespace unique_attn {
 
-#define UA_DECLARE_ISA(isa)                                          \
-  namespace isa {                                                    \
-  void append_kv_cpu(const AppendKvParams&, const CpuExecutor&);     \
-  void page_index_cpu(const PageIndexParams&, const CpuExecutor&);   \
-  void page_scores_cpu(const PageScoresParams&, const CpuExecutor&); \
-  void topk_pages_cpu(const TopkPagesParams&, const CpuExecutor&);   \
-  void sparse_decode_cpu(const SparseDecodeParams&, const CpuExecutor&); \
-  void page_boundary_cpu(const PageBoundaryParams&, const CpuExecutor&); \
-  void soft_mask_forward_cpu(const SoftMaskForwardParams&, const CpuExecutor&); \
+#define UA_DECLARE_ISA(isa)                                                       \
+  namespace isa {                                                                 \
+  void append_kv_cpu(const AppendKvParams&, const CpuExecutor&);                  \
+  void page_index_cpu(const PageIndexParams&, const CpuExecutor&);                \
+  void page_scores_cpu(const PageScoresParams&, const CpuExecutor&);              \
+  void topk_pages_cpu(const TopkPagesParams&, const CpuExecutor&);                \
+  void sparse_decode_cpu(const SparseDecodeParams&, const CpuExecutor&);          \
+  void page_boundary_cpu(const PageBoundaryParams&, const CpuExecutor&);          \
+  void soft_mask_forward_cpu(const SoftMaskForwardParams&, const CpuExecutor&);   \
   void soft_mask_backward_cpu(const SoftMaskBackwardParams&, const CpuExecutor&); \
   }
 UA_FOR_EACH_ISA(UA_DECLARE_ISA)
@@ -50,8 +50,16 @@ struct Kernels {
   void (*soft_mask_backward)(const SoftMaskBackwardParams&, const CpuExecutor&);
 };
 
-#define UA_KERNELS(isa) \
-  {#isa, isa::append_kv_cpu, isa::page_index_cpu, isa::page_scores_cpu, isa::topk_pages_cpu, isa::sparse_decode_cpu, isa::page_boundary_cpu, isa::soft_mask_forward_cpu, isa::soft_mask_backward_cpu},
+#define UA_KERNELS(isa)        \
+  {#isa,                       \
+   isa::append_kv_cpu,         \
+   isa::page_index_cpu,        \
+   isa::page_scores_cpu,       \
+   isa::topk_pages_cpu,        \
+   isa::sparse_decode_cpu,     \
+   isa::page_boundary_cpu,     \
+   isa::soft_mask_forward_cpu, \
+   isa::soft_mask_backward_cpu},
 constexpr Kernels kKernels[] = {UA_FOR_EACH_ISA(UA_KERNELS)};  // from the lowest
 constexpr int kNumIsas = sizeof(kKernels) / sizeof(kKernels[0]);
 

@@ -9,11 +9,11 @@
 #include "rules.h"
 #include "simd.h"
 
-#define UA_DISPATCH_CPU_DTYPE(dtype, T, ...)                                           \
-  if ((dtype) == ::unique_attn::DType::kFloat64) {                                     \
-    using T = double;                                                                  \
-    __VA_ARGS__;                                                                       \
-  } else {                                                                             \
+#define UA_DISPATCH_CPU_DTYPE(dtype, T, ...)                                                 \
+  if ((dtype) == ::unique_attn::DType::kFloat64) {                                           \
+    using T = double;                                                                        \
+    __VA_ARGS__;                                                                             \
+  } else {                                                                                   \
     UA_DISPATCH_DTYPE(dtype, T, float, ::unique_attn::BF16, ::unique_attn::F16, __VA_ARGS__) \
   }
 
@@ -138,7 +138,8 @@ UA_INLINE void tile_sums(const T* const* entries, const AccOf<T>* q, int q_strid
       for (int row = 0; row < kRows; ++row) {
         V unused(AccOf<T>(0));
         const int cell = row * kEntries + e;
-        RuleT::accumulate(query[row], a, b, acc[cell], RuleT::kSums > 1 ? acc[kCells * (RuleT::kSums - 1) + cell] : unused);
+        RuleT::accumulate(query[row], a, b, acc[cell],
+                          RuleT::kSums > 1 ? acc[kCells * (RuleT::kSums - 1) + cell] : unused);
       }
     }
   });

@@ -1,8 +1,7 @@
 // One work item is one touched page of one KV head. Its keys are read twice (two-pass variance), the second time from
 // the first-level cache.
-#include "page_index.h"
-
 #include "cpu_tile.h"
+#include "page_index.h"
 
 namespace unique_attn {
 namespace UA_ISA {

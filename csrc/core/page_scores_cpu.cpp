@@ -1,14 +1,13 @@
 // One work item is a chunk of pages of one sequence and KV head: its entries are read once for all query heads of the
 // group and all query tokens. Heads are the fastest index of the items, so that a thread walks memory block by block.
-#include "page_scores.h"
-
 #include "cpu_tile.h"
+#include "page_scores.h"
 
 namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-constexpr int kChunk = 64;           // pages per item
+constexpr int kChunk = 64;            // pages per item
 constexpr int kAheadBytes = 1 << 14;  // of index entries between a prefetch and its use
 
 template <typename T>
@@ -26,8 +25,8 @@ struct ScoreInfo<double> {
 
 // Pages that a query token sees, as far as the row of scores and the block table reach.
 UA_INLINE PageRange token_pages(const PageScoresParams& p, int b, int t) {
-  PageRange pages = visible_pages(query_position(p.table.seq_lens[b], p.num_query_tokens, t), p.window,
-                                  p.table.page_size);
+  PageRange pages =
+      visible_pages(query_position(p.table.seq_lens[b], p.num_query_tokens, t), p.window, p.table.page_size);
   pages.end = min_of(pages.end, min_of(p.num_pages, table_pages(p.table)));
   pages.first = min_of(pages.first, pages.end);
   return pages;

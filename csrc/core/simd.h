@@ -251,9 +251,7 @@ UA_INLINE Vec<float> load(const BF16* p, Full) { return widen(load_raw<Raw16>(p)
 UA_INLINE Vec<float> load(const F16* p, Full) { return widen(load_raw<Raw16>(p), F16()); }
 
 #if defined(__AVX512F__)
-UA_INLINE Vec<float> load(const float* p, Half) {
-  return Vec<float>(Vec<float>::Raw(_mm512_maskz_loadu_ps(0xff, p)));
-}
+UA_INLINE Vec<float> load(const float* p, Half) { return Vec<float>(Vec<float>::Raw(_mm512_maskz_loadu_ps(0xff, p))); }
 template <typename T>
 UA_INLINE Vec<float> load(const T* p, Half) {
   return widen(Raw16(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))), T());

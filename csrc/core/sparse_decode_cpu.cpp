@@ -1,9 +1,8 @@
 // One work item is one query token and KV head: the selected pages are walked in chunks of tokens with an online
 // softmax, and each key and value row is read once for all query heads of the group. Tokens that the query may not see
 // never enter a chunk.
-#include "sparse_decode.h"
-
 #include "cpu_tile.h"
+#include "sparse_decode.h"
 
 namespace unique_attn {
 namespace UA_ISA {
@@ -51,7 +50,8 @@ class TokenWalk {
     head = item % p.num_kv_heads;
     pages = p.pages + item * p.k;
     blocks = p.table.blocks + b * p.table.stride_seq;
-    const int position = query_position(p.table.seq_lens[b], p.num_query_tokens, static_cast<int>(token % p.num_query_tokens));
+    const int position =
+        query_position(p.table.seq_lens[b], p.num_query_tokens, static_cast<int>(token % p.num_query_tokens));
     visible = visible_pages(position, p.window, p.table.page_size);
     visible.end = min_of(visible.end, table_pages(p.table));
     first_token = first_visible_token(position, p.window);
@@ -168,11 +168,11 @@ class Attention {
                               Ahead<T>{next.keys, next.count, p.head_dim}, Sums<Acc>{&weights[0][0], kChunk, 0});
     for (int g = 0; g < group; ++g) weigh(weights[g], chunk.count, g);
     Ahead<T> ahead{next.values, next.count, p.head_dim};
-    for (int row = 0, rows = padded_rows(group); row < rows;) {
-      if (rows - row >= 4) {
+    for (int row = 0; row < group;) {  // in the steps of sum_all_rows
+      if (group - row >= 3) {
         add_values<4>(chunk, row, ahead);
         row += 4;
-      } else if (rows - row >= 2) {
+      } else if (group - row == 2) {
         add_values<2>(chunk, row, ahead);
         row += 2;
       } else {
@@ -221,7 +221,8 @@ class Attention {
   UA_INLINE void add_values(const TokenChunk<T>& chunk, int row, Ahead<T>& ahead) {
     constexpr int kWide = kTileSums / 4;  // vectors of channels that share one broadcast weight
     int d = 0;
-    for (; d + kWide * kLanes <= p.head_dim; d += kWide * kLanes) add_channels<kRows, kWide>(chunk, row, d, ahead, Full());
+    for (; d + kWide * kLanes <= p.head_dim; d += kWide * kLanes)
+      add_channels<kRows, kWide>(chunk, row, d, ahead, Full());
     for (; d + kLanes <= p.head_dim; d += kLanes) add_channels<kRows, 1>(chunk, row, d, ahead, Full());
     if constexpr (kLanes > 8) {
       if (d < p.head_dim) add_channels<kRows, 1>(chunk, row, d, ahead, Half());
@@ -284,7 +285,7 @@ class Attention {
   bool empty;  // no token so far
   Acc maxima[kMaxGroup];
   Acc totals[kMaxGroup];
-  Acc corrections[kMaxGroup];
+  Acc corrections[kMaxGroup] = {};
   alignas(64) Acc weights[kMaxGroup][kChunk];  // first q . k
 };
 

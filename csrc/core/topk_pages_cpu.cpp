@@ -1,9 +1,8 @@
 // One work item is one row. Scores become integers that order as they do; the key of the last page to take is found bit
 // by bit, by counting the keys that are at least as large (one vector comparison a register); a last walk collects the
 // pages in ascending order.
-#include "topk_pages.h"
-
 #include "cpu_select.h"
+#include "topk_pages.h"
 
 namespace unique_attn {
 namespace UA_ISA {
