@@ -13,11 +13,13 @@ from unique_attn import ops
 from unique_attn._version import __version__
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.lazy import register_when_imported
+from unique_attn.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from unique_attn import reference
     from unique_attn._runtime import PagePool, PoolFullError
     from unique_attn.cache import UniqueCache
+    from unique_attn.hf.callback import SparsityCallback
     from unique_attn.hf.hooks import SelectionRecord
     from unique_attn.hf.model import disable, enable, record_selection
 
@@ -25,6 +27,8 @@ __all__ = [
     "PagePool",
     "PoolFullError",
     "SelectionRecord",
+    "SparsityCallback",
+    "TrainConfig",
     "UniqueCache",
     "UniqueConfig",
     "__version__",
@@ -40,6 +44,7 @@ _LAZY = {
     "PagePool": "unique_attn._runtime",
     "PoolFullError": "unique_attn._runtime",
     "SelectionRecord": "unique_attn.hf.hooks",
+    "SparsityCallback": "unique_attn.hf.callback",
     "UniqueCache": "unique_attn.cache",
     "disable": "unique_attn.hf.model",
     "enable": "unique_attn.hf.model",

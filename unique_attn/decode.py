@@ -372,8 +372,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _runs_on(device_type: str) -> bool:
+    return _has_kernel(device_type)
+
+
+@cache
+def _has_kernel(device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("unique_attn::unique_decode", key)
 

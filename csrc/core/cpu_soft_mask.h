@@ -1,5 +1,5 @@
-// One training query token with the heads of its group: logits and gates over the keys it sees. Shared by the forward and the
-// backward pass.
+// One training query token with the heads of its group: logits and gates over the keys it sees. Shared by the forward
+// and the backward pass.
 #pragma once
 
 #include "cpu_gates.h"
@@ -63,9 +63,8 @@ class QueryLogits {
     const int count = position + 1;
     sum_all_rows<MeanRule, T>(keys, count, q, group, stride, p.head_dim, Ahead<T>{nullptr, 0, 0},
                               Sums<Acc>{logits, row, 0});
-    range = p.mode == MaskMode::kDense
-                ? PageRange{0, 0}
-                : candidate_pages(position, p.seqs.page_size, p.sink_pages, p.recent_pages);
+    range = p.mode == MaskMode::kDense ? PageRange{0, 0}
+                                       : candidate_pages(position, p.seqs.page_size, p.sink_pages, p.recent_pages);
     compute_gates(token);
     const V scale(static_cast<Acc>(p.scale));
     for (int g = 0; g < group; ++g) {

@@ -4,28 +4,28 @@
 #include "rules.h"
 #include "types.h"
 
-#define UA_DISPATCH_RULE(rule, RuleT, ...)             \
-  switch (rule) {                                      \
-    case ::unique_attn::Rule::kMean: {                 \
-      using RuleT = ::unique_attn::MeanRule;           \
-      __VA_ARGS__;                                     \
-      break;                                           \
-    }                                                  \
-    case ::unique_attn::Rule::kUnique: {               \
-      using RuleT = ::unique_attn::UniqueRule;         \
-      __VA_ARGS__;                                     \
-      break;                                           \
-    }                                                  \
-    case ::unique_attn::Rule::kDirectional: {          \
-      using RuleT = ::unique_attn::DirectionalRule;    \
-      __VA_ARGS__;                                     \
-      break;                                           \
-    }                                                  \
-    case ::unique_attn::Rule::kMinMax: {               \
-      using RuleT = ::unique_attn::MinMaxRule;         \
-      __VA_ARGS__;                                     \
-      break;                                           \
-    }                                                  \
+#define UA_DISPATCH_RULE(rule, RuleT, ...)          \
+  switch (rule) {                                   \
+    case ::unique_attn::Rule::kMean: {              \
+      using RuleT = ::unique_attn::MeanRule;        \
+      __VA_ARGS__;                                  \
+      break;                                        \
+    }                                               \
+    case ::unique_attn::Rule::kUnique: {            \
+      using RuleT = ::unique_attn::UniqueRule;      \
+      __VA_ARGS__;                                  \
+      break;                                        \
+    }                                               \
+    case ::unique_attn::Rule::kDirectional: {       \
+      using RuleT = ::unique_attn::DirectionalRule; \
+      __VA_ARGS__;                                  \
+      break;                                        \
+    }                                               \
+    case ::unique_attn::Rule::kMinMax: {            \
+      using RuleT = ::unique_attn::MinMaxRule;      \
+      __VA_ARGS__;                                  \
+      break;                                        \
+    }                                               \
   }
 
 // F32, BF16 and F16 are the C++ types of the calling side (CPU or CUDA) for those dtypes.

@@ -48,17 +48,19 @@ __device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], 
 template <>
 __device__ __forceinline__ void mma16816<__nv_bfloat16>(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                                         unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-               "{%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ __forceinline__ void mma16816<__half>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-               "{%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <typename T>
@@ -85,8 +87,8 @@ __device__ __forceinline__ void square_to_bf16(unsigned (&a)[4]) {
   }
 }
 
-// acc[16 x 8 NT] += A[16 x K] * B[8 NT x K]^T, both row-major tiles in shared memory. With `Square`, A is squared element
-// by element first, and B is bf16 (fp32 for fp32).
+// acc[16 x 8 NT] += A[16 x K] * B[8 NT x K]^T, both row-major tiles in shared memory. With `Square`, A is squared
+// element by element first, and B is bf16 (fp32 for fp32).
 template <int NT, bool Square, typename T, typename B>
 __device__ __forceinline__ void multiply_rows(float (&acc)[NT][4], const T* a_tile, int a_stride, const B* b_tile,
                                               int b_stride, int depth) {
@@ -146,8 +148,8 @@ __device__ __forceinline__ void multiply_squared_abt(float (&acc)[NT][4], const 
 // acc[16 x 8 NT] += P[16 x 8 KT] * B[8 KT x 8 NT], P in registers in accumulator layout (rounded to T for the product),
 // B a row-major tile in shared memory. `scratch` (fp32 only): 16 x 8 KT floats of this warp. KT is even.
 template <int NT, int KT, typename T>
-__device__ __forceinline__ void multiply_pb(float (&acc)[NT][4], const float (&p)[KT][4], const T* b_tile,
-                                            int b_stride, float* scratch) {
+__device__ __forceinline__ void multiply_pb(float (&acc)[NT][4], const float (&p)[KT][4], const T* b_tile, int b_stride,
+                                            float* scratch) {
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 4) {
     __syncwarp();
@@ -175,8 +177,8 @@ __device__ __forceinline__ void multiply_pb(float (&acc)[NT][4], const float (&p
   } else {
 #pragma unroll
     for (int k = 0; k < KT; k += 2) {
-      const unsigned a[4] = {pack2<T>(p[k][0], p[k][1]), pack2<T>(p[k][2], p[k][3]),
-                             pack2<T>(p[k + 1][0], p[k + 1][1]), pack2<T>(p[k + 1][2], p[k + 1][3])};
+      const unsigned a[4] = {pack2<T>(p[k][0], p[k][1]), pack2<T>(p[k][2], p[k][3]), pack2<T>(p[k + 1][0], p[k + 1][1]),
+                             pack2<T>(p[k + 1][2], p[k + 1][3])};
 #pragma unroll
       for (int n = 0; n < NT; n += 2) {
         // Matrices: rows k * 8 and k * 8 + 8 of columns n * 8, then of columns (n + 1) * 8.

@@ -14,8 +14,8 @@ struct PackedSequences {
 };
 
 // The index of a packed batch has one entry per page slot. Slots are numbered so that no prefix sum over page counts is
-// needed: sequence b owns the slots from cu_seqlens[b] / page_size + b on; its ceil(len / page_size) pages fit before the
-// slots of sequence b + 1.
+// needed: sequence b owns the slots from cu_seqlens[b] / page_size + b on; its ceil(len / page_size) pages fit before
+// the slots of sequence b + 1.
 UA_HD int page_slot(int cu_seqlen, int b, int page_size, int page) { return cu_seqlen / page_size + b + page; }
 UA_HD int num_page_slots(int total_tokens, int batch, int page_size) { return total_tokens / page_size + batch; }
 

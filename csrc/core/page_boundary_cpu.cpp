@@ -1,9 +1,8 @@
-// One work item is one query token and KV head: scores of its candidate pages, then the two on either side of the boundary
-// by radix select.
-#include "page_boundary.h"
-
+// One work item is one query token and KV head: scores of its candidate pages, then the two on either side of the
+// boundary by radix select.
 #include "cpu_gates.h"
 #include "cpu_select.h"
+#include "page_boundary.h"
 
 namespace unique_attn {
 namespace UA_ISA {
@@ -56,8 +55,8 @@ class Boundary {
       last_b = b;
       last_head = head;
       Acc& theta = static_cast<Acc*>(p.theta)[int64_t{token} * p.num_kv_heads + head];
-      const PageRange range = candidate_pages(token - p.seqs.cu_seqlens[b], p.seqs.page_size, p.sink_pages,
-                                              p.recent_pages);
+      const PageRange range =
+          candidate_pages(token - p.seqs.cu_seqlens[b], p.seqs.page_size, p.sink_pages, p.recent_pages);
       const int count = range.end - range.first;
       if (count <= wanted || wanted == 0) {
         theta = count <= wanted ? -infinity : infinity;

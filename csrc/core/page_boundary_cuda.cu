@@ -1,5 +1,5 @@
-// A bounded chunk of queries at a time: scores by matrix products into the workspace, then one thread block per row finds the
-// two scores on either side of the boundary.
+// A bounded chunk of queries at a time: scores by matrix products into the workspace, then one thread block per row
+// finds the two scores on either side of the boundary.
 #include "page_boundary.h"
 #include "radix_select.cuh"
 #include "soft_mask_tile.cuh"
@@ -27,9 +27,8 @@ struct Shared {
 
 // Scores of the tokens [chunk_begin, chunk_end) of the packed batch on their candidate pages.
 template <typename T, int DP>
-__global__ void __launch_bounds__(kThreads)
-    boundary_scores_kernel(const PageBoundaryParams p, int chunk_begin, int chunk_end, int tokens_per_tile,
-                           int max_pages) {
+__global__ void __launch_bounds__(kThreads) boundary_scores_kernel(const PageBoundaryParams p, int chunk_begin,
+                                                                   int chunk_end, int tokens_per_tile, int max_pages) {
   constexpr int kPages = Shared<T, DP>::kPages;
   constexpr int kStride = tile_stride<T>(DP);
   constexpr int kVarStride = tile_stride<SpreadType<T>>(DP);
@@ -80,7 +79,8 @@ __global__ void __launch_bounds__(kThreads)
     if (first == range.first && p.rule == Rule::kUnique) {
       for (int row = threadIdx.x; row < kRows; row += kThreads) {
         float sum = 0.f;
-        for (int d = 0; d < DP; ++d) sum += to_float(shared.q[row * kStride + d]) * to_float(shared.q[row * kStride + d]);
+        for (int d = 0; d < DP; ++d)
+          sum += to_float(shared.q[row * kStride + d]) * to_float(shared.q[row * kStride + d]);
         shared.q_norm[row] = sqrtf(sum);
       }
       __syncthreads();

@@ -87,9 +87,10 @@ cudaError_t page_index_cuda(const PageIndexParams& params, cudaStream_t stream) 
   if (pages_per_seq == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(int64_t{params.batch} * pages_per_seq), params.num_kv_heads);
   const int threads = (params.head_dim + kWarp - 1) / kWarp * kWarp;
-  UA_DISPATCH_CUDA_DTYPE(params.dtype, T,
-                         UA_DISPATCH_RULE(params.rule, RuleT, page_index_kernel<T, RuleT>
-                                          <<<grid, threads, 0, stream>>>(params, pages_per_seq)));
+  UA_DISPATCH_CUDA_DTYPE(
+      params.dtype, T,
+      UA_DISPATCH_RULE(params.rule, RuleT,
+                       page_index_kernel<T, RuleT><<<grid, threads, 0, stream>>>(params, pages_per_seq)));
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
-// Radix select over the scores of one row by one thread block: the key of the k-th largest score. Exact, and independent of the
-// order in which threads run.
+// Radix select over the scores of one row by one thread block: the key of the k-th largest score. Exact, and
+// independent of the order in which threads run.
 #pragma once
 
 #include "device_utils.cuh"

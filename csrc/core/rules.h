@@ -112,9 +112,7 @@ struct MinMaxRule {
 // keys' dtype. D is a multiple of 8, so every part starts on a 16-byte boundary.
 constexpr size_t kScalarBytes = 16;
 
-UA_HD int rule_vectors(Rule rule) {
-  return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1;
-}
+UA_HD int rule_vectors(Rule rule) { return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1; }
 
 UA_HD size_t index_entry_bytes(Rule rule, DType dtype, int head_dim) {
   return rule_vectors(rule) * head_dim * dtype_size(dtype) + (rule == Rule::kUnique ? kScalarBytes : 0);

@@ -1,5 +1,5 @@
-// The three kernels of the backward pass, each in a file of its own. Scores and gates are computed again, not stored; dq and
-// dk/dv are two passes over the logits, so that no sum depends on the order in which thread blocks run.
+// The three kernels of the backward pass, each in a file of its own. Scores and gates are computed again, not stored;
+// dq and dk/dv are two passes over the logits, so that no sum depends on the order in which thread blocks run.
 #pragma once
 
 #include "soft_mask_tile.cuh"
@@ -13,7 +13,8 @@ cudaError_t soft_mask_dkv_cuda(const SoftMaskBackwardParams& params, cudaStream_
 
 // gates.score[token, page] = d loss / d score of the arg-max head, from d loss / d log_gate: the sum of the logits'
 // gradients over the group's rows and the page's keys. `row_sum(row, page)` returns the sum over the keys. Every thread
-// of the block calls it; it ends with a barrier. The results lie in gates.log_gate (per token), whose gates are used up.
+// of the block calls it; it ends with a barrier. The results lie in gates.log_gate (per token), whose gates are used
+// up.
 template <int kRows, int kThreads, typename RowSum>
 __device__ __forceinline__ void score_gradients(GateTile<kRows>& gates, int group, int num_tokens, int num_pages,
                                                 const RowSum& row_sum) {

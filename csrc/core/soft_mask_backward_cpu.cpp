@@ -1,6 +1,6 @@
-// One work item is one KV head of one sequence: it owns its keys' gradients, so nothing is added from two sides. Tokens are
-// walked in order; a page's mean and spread collect the gradients of its scores and hand them to its keys at the end (see
-// soft_mask_dkv_cuda.cu for the formulas).
+// One work item is one KV head of one sequence: it owns its keys' gradients, so nothing is added from two sides. Tokens
+// are walked in order; a page's mean and spread collect the gradients of its scores and hand them to its keys at the
+// end (see soft_mask_dkv_cuda.cu for the formulas).
 #include "cpu_soft_mask.h"
 
 namespace unique_attn {
@@ -57,7 +57,8 @@ class Backward {
   // y += a * x, x a padded row.
   UA_INLINE void add(Acc* y, Acc a, const Acc* x) const {
     const V factor(a);
-    for (int d = 0; d < stride; d += V::kLanes) store(y + d, load(y + d, Full()) + factor * load(x + d, Full()), Full());
+    for (int d = 0; d < stride; d += V::kLanes)
+      store(y + d, load(y + d, Full()) + factor * load(x + d, Full()), Full());
   }
   // y += a * x, x a row of T.
   UA_INLINE void add(Acc* y, Acc a, const T* x, int) const {
@@ -67,8 +68,8 @@ class Backward {
     });
   }
   UA_INLINE void write(T* to, const Acc* from) const {
-    each_vector<Acc>(p.head_dim,
-                     [&](int d, auto part) __attribute__((always_inline)) { store(to + d, load(from + d, Full()), part); });
+    each_vector<Acc>(p.head_dim, [&](int d, auto part)
+                                     __attribute__((always_inline)) { store(to + d, load(from + d, Full()), part); });
   }
 
   void add_token(int position) {
@@ -105,8 +106,8 @@ class Backward {
     for (int g = 0; g < group; ++g) write(static_cast<T*>(b.dq) + (first_row + g) * p.head_dim, dq + g * stride);
   }
 
-  // dv += P^T grad_out, dk += scale dS^T q, dq = scale dS K over the first `count` keys. The heads are summed before they
-  // join the sum over tokens: fewer roundings, and a key's row is touched once.
+  // dv += P^T grad_out, dk += scale dS^T q, dq = scale dS K over the first `count` keys. The heads are summed before
+  // they join the sum over tokens: fewer roundings, and a key's row is touched once.
   void add_products(int count) {
     const V scale(static_cast<Acc>(p.scale));
     for (int j = 0; j < count; ++j) {

@@ -1,8 +1,8 @@
 // dk and dv: a thread block per tile of 64 keys (whole pages), walking the query tokens that see them. Products are
 // transposed, so that a warp owns 16 keys and sums over queries in registers:
 //   dv = P^T grad_out;  dk = scale * dS^T q + what flows through the pages' entries
-// A page's score depends on its keys through mean and spread. With ds the gradient of the score and q the arg-max head's
-// query, over the S keys of the page:
+// A page's score depends on its keys through mean and spread. With ds the gradient of the score and q the arg-max
+// head's query, over the S keys of the page:
 //   mean         dk_j += ds q / S
 //   directional  c sqrt(sum_d q_d^2 var_d):   dk_jd += ds c q_d^2 / sqrt(v) * (k_jd - mean_d) / S
 //   unique       lambda norm(q) std:          dk_jd += ds lambda norm(q) / std * (k_jd - mean_d) / S
@@ -32,10 +32,10 @@ struct Shared {
   PageTile<T, DP> pages;
   GateTile<C::kRows> gates;
   float lse[C::kRows], delta[C::kRows];
-  float part[kWarps][4][C::kRows];   // sums of dS over the keys of a page that one warp holds
-  float d_mean[kTilePages][DP];      // gradients of the pages' means
-  float d_spread[kTilePages][DP];    // factor of (k - mean) / S
-  float mean[kTilePages][DP];        // exact means, for the last step
+  float part[kWarps][4][C::kRows];  // sums of dS over the keys of a page that one warp holds
+  float d_mean[kTilePages][DP];     // gradients of the pages' means
+  float d_spread[kTilePages][DP];   // factor of (k - mean) / S
+  float mean[kTilePages][DP];       // exact means, for the last step
   float scratch[sizeof(T) == 4 ? kWarps * 16 * C::kRows : 1];
 };
 

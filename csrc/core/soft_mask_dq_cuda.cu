@@ -1,7 +1,7 @@
 // dq: a thread block per tile of query tokens, walking the keys as the forward pass does.
 //   dS = P * (grad_out V^T - delta);  dq = scale * dS K + W mean
-// where W holds, for each token and page, the gradient of the page's score in the row of the arg-max head. The query factor
-// of the spread is a constant, so the spread gives dq nothing.
+// where W holds, for each token and page, the gradient of the page's score in the row of the arg-max head. The query
+// factor of the spread is a constant, so the spread gives dq nothing.
 #include "soft_mask_backward.cuh"
 
 namespace unique_attn {
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
   float lse[2], delta[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group +
-                        rows[half] % s.group;
+    const int64_t row =
+        (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group + rows[half] % s.group;
     const bool valid = tokens[half] < num_tokens;
     lse[half] = valid ? static_cast<const float*>(p.lse)[row] * kLog2e : 0.f;
     delta[half] = valid ? static_cast<const float*>(b.delta)[row] : 0.f;
@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
         }
       }
       __syncthreads();
-      score_gradients<C::kRows, kThreads>(shared.gates, s.group, num_tokens, pages_per_tile,
-                                          [&](int row, int page) { return shared.gates.score[row * kGateStride + page]; });
+      score_gradients<C::kRows, kThreads>(shared.gates, s.group, num_tokens, pages_per_tile, [&](int row, int page) {
+        return shared.gates.score[row * kGateStride + page];
+      });
       // W in accumulator layout: the row of the arg-max head has the gradient, the others zero.
       float w[2][4];
 #pragma unroll
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (tokens[half] >= num_tokens) continue;
-    const int64_t row = (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group +
-                        rows[half] % s.group;
+    const int64_t row =
+        (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group + rows[half] % s.group;
     T* dq = static_cast<T*>(b.dq) + row * p.head_dim;
 #pragma unroll
     for (int n = 0; n < DP / 8; ++n) {

@@ -62,7 +62,8 @@ void soft_mask_forward_cpu(const SoftMaskForwardParams& params, const CpuExecuto
   if (items == 0) return;
   const int64_t work = int64_t{params.seqs.max_seqlen} * (params.num_q_heads / params.num_kv_heads) * params.head_dim;
   UA_DISPATCH_CPU_DTYPE(params.dtype, T, {
-    parallel_for(exec, items, grain_for(work), [&](int64_t begin, int64_t end) { forward_range<T>(params, begin, end); });
+    parallel_for(exec, items, grain_for(work),
+                 [&](int64_t begin, int64_t end) { forward_range<T>(params, begin, end); });
   });
 }
 

@@ -1,7 +1,7 @@
-// Flash attention with a gate per page. One thread block serves a tile of query tokens with all heads of a group as rows
-// (so that a page's score can take its maximum over the group inside the block) and walks the keys in tiles: logits and
-// page scores by matrix products, gates added to the logits, online softmax, weighted values. Copies of the next tile run
-// under the products of this one.
+// Flash attention with a gate per page. One thread block serves a tile of query tokens with all heads of a group as
+// rows (so that a page's score can take its maximum over the group inside the block) and walks the keys in tiles:
+// logits and page scores by matrix products, gates added to the logits, online softmax, weighted values. Copies of the
+// next tile run under the products of this one.
 #include "soft_mask_tile.cuh"
 
 namespace unique_attn {
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
     l[half] += __shfl_xor_sync(kFullMask, l[half], 1);
     l[half] += __shfl_xor_sync(kFullMask, l[half], 2);
     if (tokens[half] >= num_tokens) continue;
-    const int64_t row = (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group +
-                        rows[half] % s.group;
+    const int64_t row =
+        (int64_t{s.start} + first_token + tokens[half]) * p.num_q_heads + s.head * s.group + rows[half] % s.group;
     T* out = static_cast<T*>(p.out) + row * p.head_dim;
 #pragma unroll
     for (int n = 0; n < DP / 8; ++n) {

@@ -1,5 +1,5 @@
-// What the forward pass and both halves of the backward pass share: which queries a thread block serves, loading tiles, and
-// the gates of a tile of queries against the pages of a tile of keys.
+// What the forward pass and both halves of the backward pass share: which queries a thread block serves, loading tiles,
+// and the gates of a tile of queries against the pages of a tile of keys.
 #pragma once
 
 #include "mma_tile.cuh"
@@ -9,8 +9,8 @@ namespace unique_attn {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kTilePages = 16;                 // most pages of a tile of 64 keys
-constexpr int kGateStride = kTilePages + 1;    // odd, against bank conflicts
+constexpr int kTilePages = 16;               // most pages of a tile of 64 keys
+constexpr int kGateStride = kTilePages + 1;  // odd, against bank conflicts
 
 // The spread's squares leave the range of fp16, so its product runs in bf16; fp32 stays fp32.
 template <typename T>
@@ -121,8 +121,8 @@ __device__ __forceinline__ bool contains(const int32_t* pages, int count, int pa
   return false;
 }
 
-// Fills gates.log_gate (and slope, best, spread for the backward pass) of `num_tokens` tokens from `first_token` on against
-// the pages [first_page, first_page + num_pages). Every thread of the block calls it; it ends with a barrier.
+// Fills gates.log_gate (and slope, best, spread for the backward pass) of `num_tokens` tokens from `first_token` on
+// against the pages [first_page, first_page + num_pages). Every thread of the block calls it; it ends with a barrier.
 template <int DP, int kRows, int kThreads, typename T>
 __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const SoftMaskForwardParams& p, const Segment& s,
                                               const T* q_tile, const PageTile<T, DP>& pages, int first_token,
@@ -155,8 +155,7 @@ __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const Soft
     const int token = i / num_pages;
     const int page = i % num_pages;
     const int at = token * kGateStride + page;
-    const PageRange range =
-        candidate_pages(first_token + token, p.seqs.page_size, p.sink_pages, p.recent_pages);
+    const PageRange range = candidate_pages(first_token + token, p.seqs.page_size, p.sink_pages, p.recent_pages);
     float log_gate = 0.f, slope = 0.f;
     int best = token * s.group;
     if (first_page + page >= range.first && first_page + page < range.end) {
@@ -178,7 +177,7 @@ __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const Soft
         if (theta != -INFINITY) {
           const float x = (score - theta) / *p.tau;
           log_gate = (fminf(x, 0.f) - log1pf(expf(-fabsf(x)))) * kLog2e;  // log2 sigmoid(x)
-          slope = 1.f / ((1.f + expf(x)) * *p.tau);                      // (1 - g) / tau
+          slope = 1.f / ((1.f + expf(x)) * *p.tau);                       // (1 - g) / tau
         }
       }
     }

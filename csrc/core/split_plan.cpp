@@ -6,7 +6,7 @@
 namespace unique_attn {
 namespace {
 
-constexpr int kBlocksPerSm = 4;    // resident blocks that hide the latency of scattered page reads
+constexpr int kBlocksPerSm = 4;      // resident blocks that hide the latency of scattered page reads
 constexpr int kMinSplitTokens = 64;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
 

@@ -15,20 +15,20 @@ namespace unique_attn {
 //   3. With at most k_b candidates all of them are selected.
 // The selected pages come out in ascending order, then -1. Bitwise deterministic.
 struct TopkPagesParams {
-  DType dtype;               // of the scores: bf16, fp32 (fp64 on the CPU)
-  int batch;                 // B
-  int num_query_tokens;      // T
-  int num_kv_heads;          // H
-  int num_pages;             // P
-  int k;                     // width of the output
+  DType dtype;           // of the scores: bf16, fp32 (fp64 on the CPU)
+  int batch;             // B
+  int num_query_tokens;  // T
+  int num_kv_heads;      // H
+  int num_pages;         // P
+  int k;                 // width of the output
   int sink_pages;
   int recent_pages;
-  int window;                // tokens a query sees, 0 for all
-  const void* scores;        // [B, T, H, P] contiguous
-  PageTable table;           // seq_lens and page_size always; blocks only for physical output
+  int window;                   // tokens a query sees, 0 for all
+  const void* scores;           // [B, T, H, P] contiguous
+  PageTable table;              // seq_lens and page_size always; blocks only for physical output
   const int32_t* budget_pages;  // [B] or null
-  bool physical;             // emit block * pages_per_block + page-in-block instead of the logical page
-  int32_t* pages;            // [B, T, H, k] contiguous
+  bool physical;                // emit block * pages_per_block + page-in-block instead of the logical page
+  int32_t* pages;               // [B, T, H, k] contiguous
 };
 
 void topk_pages_cpu(const TopkPagesParams& params, const CpuExecutor& exec);

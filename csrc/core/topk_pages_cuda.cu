@@ -9,11 +9,11 @@ namespace unique_attn {
 namespace {
 
 struct RowPlan {
-  int first;        // candidates are [first, end)
+  int first;  // candidates are [first, end)
   int end;
-  int k;            // pages this row may take
-  int sinks;        // forced at the front: [first, first + sinks)
-  int recents;      // forced at the back: [end - recents, end)
+  int k;        // pages this row may take
+  int sinks;    // forced at the front: [first, first + sinks)
+  int recents;  // forced at the back: [end - recents, end)
 };
 
 __device__ __forceinline__ RowPlan plan_row(const TopkPagesParams& p, int b, int t) {

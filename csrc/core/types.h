@@ -25,9 +25,7 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxPageSize = 64;
 constexpr int kMaxSelectedPages = 4096;
 
-UA_HD size_t dtype_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+UA_HD size_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // A strided view [B, T, heads, D]; the channel stride is 1. Strides are in elements.
 struct TokenView {
@@ -69,9 +67,7 @@ struct PageTable {
 
 // Position of query token t of T: the last T tokens of the sequence are the queries. Negative when
 // the sequence is shorter than T; such a query sees nothing.
-UA_HD int query_position(int seq_len, int num_query_tokens, int t) {
-  return seq_len - num_query_tokens + t;
-}
+UA_HD int query_position(int seq_len, int num_query_tokens, int t) { return seq_len - num_query_tokens + t; }
 
 // First position a query at `position` may see; window 0 means no window.
 UA_HD int first_visible_token(int position, int window) {

@@ -83,8 +83,9 @@ Arguments::Arguments(const char* op, const char* name, const Tensor& first)
   }
 #ifndef UNIQUE_ATTN_WITH_CUDA
   if (cuda_) {
-    fail(op, name, "got a CUDA tensor, but this build of unique_attn has no CUDA kernels: install nvcc and rebuild "
-                   "with UNIQUE_ATTN_CUDA=1");
+    fail(op, name,
+         "got a CUDA tensor, but this build of unique_attn has no CUDA kernels: install nvcc and rebuild "
+         "with UNIQUE_ATTN_CUDA=1");
   }
 #endif
 }
@@ -171,8 +172,9 @@ PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
   floating(name, tensor, 4);
   head_dim(name, tensor.size(3));
   if (tensor.numel() > 0 && (tensor.stride(3) != 1 || !rows_aligned(tensor))) {
-    fail(op_, name, "expected channel stride 1, other strides that are multiples of 8 and 16-byte alignment, got "
-                    "strides ",
+    fail(op_, name,
+         "expected channel stride 1, other strides that are multiples of 8 and 16-byte alignment, got "
+         "strides ",
          stride_string(tensor));
   }
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -189,8 +191,9 @@ IndexView Arguments::index(const Tensor& index, Rule rule, DType dtype, int64_t 
     bool aligned = reinterpret_cast<uintptr_t>(index.data_ptr()) % 16 == 0 && index.stride(3) == 1;
     for (int dim = 0; dim < 3; ++dim) aligned = aligned && (index.size(dim) == 1 || index.stride(dim) % 16 == 0);
     if (!aligned) {
-      fail(op_, "index", "expected byte stride 1, other strides that are multiples of 16 and 16-byte alignment, got "
-                         "strides ",
+      fail(op_, "index",
+           "expected byte stride 1, other strides that are multiples of 16 and 16-byte alignment, got "
+           "strides ",
            stride_string(index));
     }
   }

@@ -3,8 +3,7 @@
 #include "training.h"
 
 STABLE_TORCH_LIBRARY(unique_attn, m) {
-  m.def(
-      "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
+  m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "page_index(Tensor k_cache, Tensor(a!) index, Tensor block_table, Tensor start_lens, Tensor seq_lens, "
       "int max_new_tokens, int page_size, int rule) -> ()");
@@ -25,24 +24,26 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
       "float spread, int sink_pages, int recent_pages) -> Tensor");
   m.def(
-      "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? theta, "
+      "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? "
+      "theta, "
       "Tensor? tau, Tensor? pages, int page_size, int rule, float spread, int sink_pages, int recent_pages, "
       "float scale) -> (Tensor, Tensor)");
   m.def(
       "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-      "int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float spread, "
+      "int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float "
+      "spread, "
       "int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 // One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.
-#define UA_REGISTER(m)                                           \
-  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));         \
-  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));       \
-  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));     \
-  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));       \
-  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode)); \
-  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode)); \
-  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary)); \
+#define UA_REGISTER(m)                                                     \
+  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));                 \
+  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));               \
+  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));             \
+  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));               \
+  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));         \
+  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));         \
+  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));         \
   m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward)); \
   m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward))
 

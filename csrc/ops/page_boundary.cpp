@@ -69,7 +69,8 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
     const ScalarType key = score_type(q.scalar_type());
     const int64_t max_pages = (max_seqlen + page_size - 1) / page_size;
     const int64_t row_bytes = std::max<int64_t>(index.size(1) * max_pages * (key == ScalarType::Float ? 4 : 2), 1);
-    p.chunk_tokens = static_cast<int>(std::clamp<int64_t>(kWorkspaceBytes / row_bytes, 64, std::max<int64_t>(q.size(0), 64)));
+    p.chunk_tokens =
+        static_cast<int>(std::clamp<int64_t>(kWorkspaceBytes / row_bytes, 64, std::max<int64_t>(q.size(0), 64)));
     workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), max_pages}, key);
     p.workspace = workspace.data_ptr();
   }

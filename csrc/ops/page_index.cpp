@@ -36,8 +36,8 @@ void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_l
                 int64_t max_new_tokens, int64_t page_size, int64_t rule) {
   constexpr const char* kOp = "page_index";
   const Arguments args(kOp, "k_cache", k_cache);
-  const PageIndexCall call = prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens,
-                                                max_new_tokens, page_size, rule);
+  const PageIndexCall call =
+      prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, rule);
   Runner(kOp, k_cache).run(call.params, page_index_cpu, UA_CUDA(page_index_cuda));
 }
 

@@ -37,11 +37,10 @@ struct SoftMaskCall {
   Tensor q, k, v;
 };
 
-SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const Tensor& cu_seqlens, int64_t max_seqlen, const std::optional<Tensor>& index,
-                     const std::optional<Tensor>& theta, const std::optional<Tensor>& tau,
-                     const std::optional<Tensor>& pages, int64_t page_size, int64_t rule, double spread,
-                     int64_t sink_pages, int64_t recent_pages, double scale) {
+SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                     int64_t max_seqlen, const std::optional<Tensor>& index, const std::optional<Tensor>& theta,
+                     const std::optional<Tensor>& tau, const std::optional<Tensor>& pages, int64_t page_size,
+                     int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages, double scale) {
   SoftMaskCall call;
   SoftMaskForwardParams& p = call.params;
   args.floating("q", q, 3);
@@ -60,7 +59,8 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
   args.groups(q.size(1), k.size(1));
   if (args.is_cuda() && p.dtype == DType::kFloat32 && q.size(2) > 128) {
-    fail(args.op(), "q", "expected a head dimension of at most 128 for float32 on CUDA (shared memory), got ", q.size(2));
+    fail(args.op(), "q", "expected a head dimension of at most 128 for float32 on CUDA (shared memory), got ",
+         q.size(2));
   }
   args.range("sink_pages", sink_pages, 0, INT32_MAX);
   if (theta.has_value() != tau.has_value() || theta.has_value() != index.has_value()) {
@@ -107,9 +107,9 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
 
 std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int64_t max_seqlen,
                                              std::optional<Tensor> index, std::optional<Tensor> theta,
-                                             std::optional<Tensor> tau, std::optional<Tensor> pages,
-                                             int64_t page_size, int64_t rule, double spread, int64_t sink_pages,
-                                             int64_t recent_pages, double scale) {
+                                             std::optional<Tensor> tau, std::optional<Tensor> pages, int64_t page_size,
+                                             int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages,
+                                             double scale) {
   constexpr const char* kOp = "soft_mask_forward";
   const Arguments args(kOp, "q", q);
   SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule, spread,

@@ -21,9 +21,9 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
 
 std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int64_t max_seqlen,
                                              std::optional<Tensor> index, std::optional<Tensor> theta,
-                                             std::optional<Tensor> tau, std::optional<Tensor> pages,
-                                             int64_t page_size, int64_t rule, double spread, int64_t sink_pages,
-                                             int64_t recent_pages, double scale);
+                                             std::optional<Tensor> tau, std::optional<Tensor> pages, int64_t page_size,
+                                             int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages,
+                                             double scale);
 
 std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
                                                       Tensor lse, Tensor cu_seqlens, int64_t max_seqlen,

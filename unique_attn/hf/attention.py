@@ -19,7 +19,9 @@ from unique_attn.hf.compat import (
     warn_once,
 )
 from unique_attn.hf.hooks import AttentionHook, SelectionRecord, attach, hook_of
+from unique_attn.hf.training import dense_mask
 from unique_attn.ops import NotDifferentiableError
+from unique_attn.ops._autocast import autocast_inputs
 
 SLIDING = "it has a sliding window"
 _EAGER_ONLY = ("softcap", "s_aux", "sinks")  # arguments by which sdpa would compute something else
@@ -59,9 +61,12 @@ def unique_attention_forward(
             attention that could compute them.
     """
     dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    hook = hook_of(module)
+    if hook is not None and hook.train is not None and _trains(hook, module, query, key):
+        return _training(hook, *dense)
     if torch.compiler.is_compiling():
         return dense_attention(*dense)
-    hook = hook_of(module) or attach(module, UniqueConfig())  # without enable(): from the next call on
+    hook = hook or attach(module, UniqueConfig())  # without enable(): from the next call on
     layer = hook.take_layer()
     if layer is None:
         return dense_attention(*dense)
@@ -87,6 +92,43 @@ def unique_attention_forward(
             dense_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), layer, query
         )
     return _undifferentiable((_sparse(hook, layer, query, scaling, kwargs.get("s_aux")), None), layer, query)
+
+
+def _trains(hook: AttentionHook, module: nn.Module, query: Tensor, key: Tensor) -> bool:
+    """Whether a call is a training forward: no cache, or one that is filled for nothing, as models do by default."""
+    if not module.training or (hook.cached and not torch.is_grad_enabled()):  # generate() of a model in training mode
+        return False
+    if query.shape[2] != key.shape[2] and hook.cached:
+        warn_once(f"{_name(module)} has no training mask in this call: it continues a cache", type(module), "continues")
+    return query.shape[2] == key.shape[2]
+
+
+def _training(
+    hook: AttentionHook,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the training mask where the layer and the call allow it, else dense."""
+    assert hook.train is not None
+    layer = None if torch.compiler.is_compiling() else hook.take_layer()
+    if layer is not None:
+        layer.announce(None)
+    q, k, v = autocast_inputs(query, key, value)
+    reason = lasting_reason(module, q, k, v, kwargs) or passing_reason(dropout, kwargs)
+    if kwargs.get("s_aux") is not None:
+        reason = reason or "it uses attention sinks"
+    if hook.shares_kv:
+        reason = reason or "layers of its model share keys and values"
+    out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, hook.cached, reason)
+    if out is not None:
+        return out, None
+    return dense_attention(module, query, key, value, dense_mask(mask, query, kwargs), scaling, dropout, kwargs)
 
 
 def unique_mask(**kwargs: Any) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from unique_attn.cache import Call, UniqueLayer, adopt
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import shares_kv, warn_once
+
+if TYPE_CHECKING:
+    from unique_attn.hf.training import TrainState
 
 IMPLEMENTATION = "unique"
 _ATTRIBUTE = "_unique_attn_hook"
@@ -32,6 +35,9 @@ class AttentionHook:
         dense_reason: why this module cannot use pages, None if it can. Known after its first call with a cache.
         known: whether ``dense_reason`` is known.
         records: where decode steps note their selection, None for nowhere.
+        train: what the layers of the model share in training, None if its training is dense.
+        cached: whether the call in progress was given a cache. Known only if there is ``train``.
+        shares_kv: whether layers of the model share keys and values.
     """
 
     def __init__(self, module: nn.Module, config: UniqueConfig) -> None:
@@ -39,15 +45,19 @@ class AttentionHook:
         self.dense_reason: str | None = None
         self.known = False
         self.records: list[SelectionRecord] | None = None
+        self.train: TrainState | None = None
+        self.cached = False
         self._layer: UniqueLayer | None = None
         names = list(inspect.signature(module.forward).parameters)
         self._cache_names = [name for name in ("past_key_values", "past_key_value") if name in names]
         self._positions = {name: i for i, name in enumerate(names)}
-        self._shares_kv = shares_kv(getattr(module, "config", None))
+        self.shares_kv = shares_kv(getattr(module, "config", None))
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # compiled models are dense
+        if self.train is not None:
+            self.cached = any(self._find(name, args, kwargs) is not None for name in self._cache_names)
+        if torch.compiler.is_compiling():  # compiled models decode densely
             return
         self._layer = None
         layer_idx: Any = getattr(module, "layer_idx", None)
@@ -56,7 +66,7 @@ class AttentionHook:
             return
         caches = [self._find(name, args, kwargs) for name in self._cache_names]
         cache = next((each for each in caches if each is not None), None)
-        if cache is not None and self._shares_kv:
+        if cache is not None and self.shares_kv:
             warn_once("layers that share keys and values stay dense", "shared", type(module))
             return
         layer = adopt(cache, layer_idx, self.config)

@@ -12,12 +12,14 @@ from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import PreTrainedModel, eager_attention, family_supports_sdpa, warn_once
 from unique_attn.hf.hooks import IMPLEMENTATION, SelectionRecord, attach, attention_modules, hook_of
 from unique_attn.hf.lazy import register
+from unique_attn.hf.training import TrainState
+from unique_attn.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 _BEFORE = "_unique_attn_before"  # attribute of the model: the implementation that disable() restores
 
 
-def enable(model: Model, config: UniqueConfig | None = None) -> Model:
+def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig | None = None) -> Model:
     """Let ``model`` decode page-sparsely, in ``generate()`` and in plain forward calls with a cache.
 
     Sets the attention implementation to ``"unique"`` and puts a forward pre-hook on each attention module of this
@@ -27,17 +29,26 @@ def enable(model: Model, config: UniqueConfig | None = None) -> Model:
     Args:
         model: a transformers model, or a module that contains one.
         config: settings; the defaults if None.
+        train: how the model trains: while it is in training mode and attends to no earlier tokens of a cache, its
+            full-attention layers use the mask of :func:`unique_attn.train.masked_attention` with ``config``'s pages.
+            None for dense training. Drive it with :class:`unique_attn.hf.SparsityCallback` or ``update`` of
+            ``unique_attn.hf.train_state(model)``. ``eval()`` and ``generate()`` do not change.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` holds no transformers model, or ``config`` is no :class:`UniqueConfig`.
-        ValueError: the model's attention cannot be replaced through transformers' attention interface.
+        TypeError: ``model`` holds no transformers model, ``config`` is no :class:`UniqueConfig` or ``train`` no
+            :class:`TrainConfig`.
+        ValueError: the model's attention cannot be replaced through transformers' attention interface, or ``config``
+            has no training mask.
     """
     if config is not None and not isinstance(config, UniqueConfig):
         raise TypeError(f"config: expected a UniqueConfig or None, got {type(config).__name__}")
     config = UniqueConfig() if config is None else config
+    if train is not None and not isinstance(train, TrainConfig):
+        raise TypeError(f"train: expected a TrainConfig or None, got {type(train).__name__}")
+    state = None if train is None else TrainState(config, train)
     inner = _transformers_model(model)
     modules = attention_modules(inner)
     if not modules:
@@ -53,7 +64,9 @@ def enable(model: Model, config: UniqueConfig | None = None) -> Model:
             )
         setattr(inner, _BEFORE, before)
     for module in modules:
-        attach(module, config)
+        attach(module, config).train = state
+    if state is not None:
+        state.prepare(modules)
     if all("sliding" in kind for kind in _layer_types(text)):
         name = type(inner).__name__
         warn_once(f"every layer of {name} has a sliding window, so none is sparse", type(inner), "sliding")

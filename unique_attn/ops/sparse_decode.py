@@ -35,8 +35,8 @@ def sparse_decode(
         window: tokens a query sees (its own included), 0 for all.
 
     Returns:
-        ``out`` ``[B, T, Hq, D]`` in q's dtype and ``lse`` ``[B, T, Hq]`` fp32 (fp64 for fp64), the natural logarithm of the
-        sum of exponentials, by which partial results can be merged. A query that sees no token gets 0 and -inf.
+        ``out`` ``[B, T, Hq, D]`` in q's dtype and ``lse`` ``[B, T, Hq]`` fp32 (fp64 for fp64), the natural logarithm
+        of the sum of exponentials, by which partial results can be merged. A query that sees no token gets 0 and -inf.
 
     Raises:
         ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.

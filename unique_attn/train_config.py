@@ -1,0 +1,129 @@
+"""What a user can choose of training: the mask, its temperature, and how both change while training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import cos, isfinite, pi
+from typing import Any
+
+MODES = ("soft", "hard", "dense")
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
+
+
+def check_progress(name: str, progress: Any) -> float:
+    """``progress`` as a float from 0 to 1.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not from 0 to 1. Both begin with ``name``.
+    """
+    if isinstance(progress, bool) or not isinstance(progress, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {progress!r}")
+    if not 0 <= progress <= 1:  # NaN fails this too
+        raise ValueError(f"{name}: expected a share of the training from 0 to 1, got {progress}")
+    return float(progress)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of sparsity-aware training (UNIQUE section 4). Immutable and checked, as :class:`UniqueConfig` is.
+
+    Rule, page size, budget, fixed pages and dense layers are those of the :class:`UniqueConfig` it is used with. Its
+    ``dense_below`` is for decoding only: training masks short contexts too, if they exceed the budget.
+
+    Attributes:
+        mode: mask of the attention at the start: ``soft`` (gates), ``hard`` (the selected pages only, as in decoding)
+            or ``dense``.
+        tau: temperature of the gates at the start, positive, in score units (raw q . k).
+        tau_end: temperature at the end of the schedule, positive; for every schedule but ``constant``.
+        schedule: way from ``tau`` to ``tau_end``: ``constant``, ``linear``, ``cosine`` (half a period) or
+            ``exponential`` (a constant factor per step). It ends where the mode becomes hard, else with the training.
+        hard_after: share of the training, 0 to 1, from which on the mode is ``hard``; ``None`` means never.
+        log_every: optimizer steps between two statistics of the gates; 0 means none, ``None`` as often as the Trainer
+            logs. For :class:`unique_attn.hf.SparsityCallback`.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value that is not allowed. Both name the field, what is expected and what it got.
+    """
+
+    mode: str = "soft"
+    tau: float = 1.0
+    tau_end: float | None = None
+    schedule: str = "constant"
+    hard_after: float | None = None
+    log_every: int | None = None
+
+    def __post_init__(self) -> None:
+        self._choice("mode", MODES)
+        self._choice("schedule", SCHEDULES)
+        self._temperature("tau")
+        if self.tau_end is not None:
+            self._temperature("tau_end")
+        if (self.tau_end is None) != (self.schedule == "constant"):
+            expected = "None" if self.schedule == "constant" else "a positive number"
+            raise ValueError(
+                f"TrainConfig.tau_end: expected {expected} with schedule {self.schedule!r}, got {self.tau_end}"
+            )
+        if self.hard_after is not None:
+            check_progress("TrainConfig.hard_after", self.hard_after)
+        if self.log_every is not None:
+            if isinstance(self.log_every, bool) or not isinstance(self.log_every, int):
+                raise TypeError(f"TrainConfig.log_every: expected an integer or None, got {self.log_every!r}")
+            if self.log_every < 0:
+                raise ValueError(f"TrainConfig.log_every: expected at least 0, got {self.log_every}")
+
+    def mode_at(self, progress: float) -> str:
+        """The mode when this share of the training, 0 to 1, is done."""
+        progress = check_progress("progress", progress)
+        return "hard" if self.hard_after is not None and progress >= self.hard_after else self.mode
+
+    def tau_at(self, progress: float) -> float:
+        """The temperature when this share of the training, 0 to 1, is done."""
+        progress = check_progress("progress", progress)
+        if self.tau_end is None:
+            return float(self.tau)
+        end = 1.0 if self.hard_after is None else self.hard_after
+        part = 1.0 if progress >= end else progress / end
+        if self.schedule == "exponential":
+            return float(self.tau * (self.tau_end / self.tau) ** part)
+        if self.schedule == "cosine":
+            part = (1 - cos(pi * part)) / 2
+        return float(self.tau + (self.tau_end - self.tau) * part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of all fields that :meth:`from_dict` (and JSON) can take."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The config with these fields, others at their defaults.
+
+        Raises:
+            TypeError: ``values`` is no mapping, or a field has the wrong type.
+            ValueError: an unknown field, or a value that is not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"TrainConfig.from_dict: expected a mapping, got {type(values).__name__}")
+        known = {each.name for each in fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(
+                f"TrainConfig.from_dict: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}"
+            )
+        return cls(**values)
+
+    # ---- Checks. ----
+
+    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"TrainConfig.{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+    def _temperature(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"TrainConfig.{name}: expected a number, got {value!r}")
+        if not isfinite(value) or value <= 0:
+            raise ValueError(f"TrainConfig.{name}: expected a finite number above 0, got {value}")
