@@ -122,7 +122,8 @@ def packed_index(
     # Keys with every sequence's start on a page border: a paged cache of one page per block.
     paged = k.new_zeros((slots * page_size, heads, head_dim))
     position = torch.arange(tokens, device=k.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens[1:], position, right=True)
+    # Starts at or before the token, less one. (Not on cu_seqlens[1:]: Inductor has read such views from their base.)
+    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
     first_slot = page_slots(cu_seqlens, page_size)
     paged[first_slot[sequence] * page_size + position - cu_seqlens[sequence]] = k
     cache = paged.view(slots, page_size, heads, head_dim).transpose(1, 2)
@@ -263,10 +264,16 @@ def masked_attention(
     """
     if mode not in ("soft", "hard", "dense"):
         raise ValueError(f"masked_attention: mode: expected soft, hard or dense, got {mode!r}")
-    _check_packed("masked_attention", "k", k, cu_seqlens, max_seqlen, page_size)
+    q, k, v = autocast_inputs(q, k, v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_packed("masked_attention", name, tensor, cu_seqlens, max_seqlen, page_size)
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"masked_attention: {name}: expected dtype {q.dtype} (that of q), got {tensor.dtype}")
+        expected = (q.shape[0], k.shape[1], q.shape[2])
+        if name != "q" and tensor.shape != expected:
+            raise ValueError(f"masked_attention: {name}: expected shape {list(expected)}, got {list(tensor.shape)}")
     if mode != "dense":
         _check_budget("masked_attention", num_pages, sink_pages, recent_pages)
-    q, k, v = autocast_inputs(q, k, v)
     scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread": spread}
     fixed: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages}
     mask: dict[str, Any] = {}

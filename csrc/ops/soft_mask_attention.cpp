@@ -64,7 +64,8 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   }
   args.range("sink_pages", sink_pages, 0, INT32_MAX);
   if (theta.has_value() != tau.has_value() || theta.has_value() != index.has_value()) {
-    fail(args.op(), "theta", "expected index, theta and tau together (soft mask) or none of them");
+    fail(args.op(), "theta", "expected index, theta and tau together (soft mask) or none of them, got",
+         index ? " index" : "", theta ? " theta" : "", tau ? " tau" : "", " alone");
   }
   if (theta.has_value() && pages.has_value()) {
     fail(args.op(), "pages", "expected either theta (soft mask) or pages (hard mask), got both");

@@ -1,0 +1,380 @@
+"""soft_mask_attention, forward and backward, against the oracle and against what it must equal exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import CUDA_DTYPES, DEVICES, DTYPES, assert_same, assert_threads_agree, examples, poisoned
+from torch import Tensor
+from training_cases import (
+    LAYOUTS,
+    MODES,
+    RULES,
+    TrainCase,
+    TrainSpec,
+    assert_attention,
+    build,
+    library_mask,
+    run,
+    train_specs,
+)
+
+from unique_attn import ops, train
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+def assert_all_same(got: dict[str, Tensor], expected: dict[str, Tensor], part: slice = slice(None)) -> None:
+    for name in RESULTS:
+        assert_same(got[name], expected[name][part], name)
+
+
+def attend(case: TrainCase, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return ops.soft_mask_attention(q, k, v, *case.packing, **{**case.spec.scoring, **options})[0]
+
+
+# ---- Values. ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@examples(20)
+def test_equals_the_oracle(device: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = build(data.draw(train_specs(dtype=dtype)), device)
+    mask = library_mask(case)
+    assert_attention(case, run(case, mask), mask)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_soft_gates_of_typical_shapes(device: str, dtype: torch.dtype, rule: str) -> None:
+    """What models have: several tiles of queries and keys, groups that are no power of two, both tuned head sizes."""
+    for group, head_dim, page_size, lengths in [(4, 128, 8, (200, 77)), (3, 64, 4, (131,)), (7, 64, 16, (150, 1))]:
+        spec = TrainSpec(lengths, 1, group, head_dim, page_size, num_pages=5, dtype=dtype, rule=rule)
+        case = build(spec, device)
+        mask = library_mask(case)
+        assert_attention(case, run(case, mask), mask)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_mode_is_causal_attention(device: str, dtype: torch.dtype) -> None:
+    case = build(TrainSpec((90, 1, 37), group=3, head_dim=24, dtype=dtype, mode="dense"), device)
+    got = run(case)
+    dtype = case.spec.dtype
+    leaves = case.leaves()
+    outs = []
+    for part in case.sequences:
+        q, k, v = (x[part].transpose(0, 1)[None] for x in leaves)
+        k, v = (x.repeat_interleave(3, 1) for x in (k, v))
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1))
+    grads = torch.autograd.grad(torch.cat(outs), leaves, case.grad_out)
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-5}.get(dtype, 8 * torch.finfo(dtype).eps)
+    for name, expected in zip(("out", "dq", "dk", "dv"), (torch.cat(outs), *grads), strict=True):
+        torch.testing.assert_close(got[name], expected.detach(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+def test_masks_that_hide_nothing_equal_dense_mode(device: str, dtype: torch.dtype) -> None:
+    """Hard with every page, soft where theta is -inf, and any mask on sequences without candidates: same bits."""
+    spec = TrainSpec((75, 33), group=3, head_dim=40, dtype=dtype, mode="dense")
+    case = build(spec, device)
+    dense = run(case)
+    for mode in ("soft", "hard"):
+        generous = replace(case, spec=replace(spec, mode=mode, num_pages=19))
+        assert_all_same(run(generous), dense)
+    none = torch.full((108, 2, 1), -1, dtype=torch.int32, device=device)
+    assert_all_same(run(replace(case, spec=replace(spec, sink_pages=19)), {"pages": none}), dense)
+    assert_all_same(run(replace(case, spec=replace(spec, recent_pages=19)), {"pages": none}), dense)
+    short = build(replace(spec, lengths=(8, 4, 0, 1)), device)
+    for mode in ("soft", "hard"):
+        tight = replace(short, spec=replace(short.spec, mode=mode, num_pages=2))
+        assert_all_same(run(tight), run(short))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_tau_towards_zero_is_the_hard_mask(device: str, dtype: torch.dtype, rule: str) -> None:
+    """On queries whose boundary separates two scores; a gate whose score is theta itself stays 1/2."""
+    case = build(TrainSpec((90, 33), group=3, head_dim=40, dtype=dtype, rule=rule), device)
+    mask = library_mask(case)
+    pages = library_mask(replace(case, spec=replace(case.spec, mode="hard")))
+    for tau in (1e-5, 1e-30):
+        soft = run(case, {**mask, "tau": torch.tensor(tau, device=device)})
+        hard = run(case, pages)
+        # The gates use unrounded scores: with 16-bit keys theta may lie on the wrong side of one of them.
+        same = torch.isclose(soft["lse"], hard["lse"], rtol=1e-5, atol=1e-5).all(1)
+        assert float(same.float().mean()) > (0.99 if dtype == torch.float32 else 0.8)
+        assert all(bool(value.isfinite().all()) for value in soft.values())
+        assert_same(soft["out"][same], hard["out"][same], "out")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+def test_tau_towards_infinity_is_a_constant_gate(device: str, dtype: torch.dtype) -> None:
+    """log(1/2) on the candidates of a query that has a boundary."""
+    case = build(TrainSpec((75, 33), group=3, dtype=dtype, tau=1e30), device)
+    mask = library_mask(case)
+    got = run(case, mask)
+    bounded = (mask["theta"] > -torch.inf).cpu()
+    leaves = case.leaves(torch.float64)
+    outs = []
+    for part in case.sequences:
+        length = part.stop - part.start
+        bias = torch.full((2, length, length), -torch.inf, dtype=torch.float64).triu(1)
+        for t in range(length):
+            bias[:, t, 4 : t // 4 * 4] += math.log(0.5) * bounded[part][t][:, None]
+        q, k, v = (x[part].transpose(0, 1)[None] for x in leaves)
+        k, v, bias = (x.repeat_interleave(3, -3) for x in (k, v, bias))
+        outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[0].transpose(0, 1))
+    grads = torch.autograd.grad(torch.cat(outs), leaves, case.grad_out.cpu().double())
+    tolerance = 2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for name, expected in zip(("out", "dq", "dk", "dv"), (torch.cat(outs), *grads), strict=True):
+        torch.testing.assert_close(got[name].cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_lowest_of_equal_heads_gets_the_gradient(device: str, rule: str) -> None:
+    """Heads 1 and 2 of KV head 0 are the same, all of KV head 1: as in the oracle, which has a test of its own."""
+    case = build(TrainSpec((60,), group=3, rule=rule, mode="hard", tau=1.0), device)
+    q = case.q.view(60, 2, 3, 16)
+    q[:, 0, 1], q[:, 0, 2] = 2 * q[:, 0, 0], 2 * q[:, 0, 0]
+    q[:, 1, 0], q[:, 1, 2] = q[:, 1, 1], q[:, 1, 1]
+    case = replace(case, spec=replace(case.spec, mode="soft"))
+    mask = library_mask(case)
+    got = run(case, mask)
+    assert_attention(case, got, mask)
+    assert not torch.equal(got["dq"][:, 3], got["dq"][:, 4])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_where_the_variance_vanishes(device: str, dtype: torch.dtype, rule: str) -> None:
+    """Every page constant: the spread adds nothing, to no gradient either (no 0 / 0). And nearly constant ones."""
+    case = build(TrainSpec((60, 22), group=2, dtype=dtype, rule=rule), device)
+    case.k.copy_((case.k * 8).round() / 8)  # means are exact
+    for part in case.sequences:
+        keys = case.k[part]
+        whole = len(keys) // 4 * 4
+        keys[:whole] = keys[:whole:4].repeat_interleave(4, 0)
+    flat = replace(case, spec=replace(case.spec, rule="mean"))
+    got, expected = run(case), run(flat)
+    for name in RESULTS:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
+    tiny = torch.finfo(dtype).smallest_normal * 4
+    for noise in (tiny, 1e-20, 1e-4):
+        case.k.add_(noise * torch.randn(case.k.shape, generator=torch.Generator().manual_seed(0)).to(case.k))
+        assert all(bool(value.isfinite().all()) for value in run(case).values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_logits_and_scores_do_not_overflow(device: str) -> None:
+    for dtype in CUDA_DTYPES:
+        case = build(TrainSpec((75,), group=2, head_dim=64, dtype=dtype, tau=0.1), device)
+        case.q.mul_(100.0)
+        assert all(bool(value.isfinite().all()) for value in run(case).values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_nan_query_stays_with_its_head_or_group(device: str, mode: str) -> None:
+    case = build(TrainSpec((75,), group=3, mode=mode), device)
+    mask = library_mask(case)
+    clean = run(case, mask)
+    case.q[40, 4, 3] = torch.nan  # the second head of KV head 1
+    got = run(case, mask)
+    hurt = got["out"].isnan().any(-1)
+    group = slice(3, 6) if mode == "soft" else slice(4, 5)  # the score of a page is NaN if any head's is
+    assert hurt.nonzero().tolist() == [[40, head] for head in range(6)[group]]
+    assert_same(got["out"][~hurt], clean["out"][~hurt])
+
+
+# ---- Packing, layouts, padding. ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@given(data=st.data())
+@examples(8)
+def test_packed_sequences_are_as_if_alone(device: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = build(data.draw(train_specs(dtype=dtype)), device)
+    packed = run(case)
+    for part in case.sequences:
+        length = part.stop - part.start
+        alone = replace(
+            case,
+            **{name: getattr(case, name)[part] for name in ("q", "k", "v", "grad_out")},
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=device),
+            spec=replace(case.spec, lengths=(length,)),
+        )
+        assert_all_same(run(alone), packed, part)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_on_the_right_changes_nothing(device: str, mode: str) -> None:
+    """A padded batch as sequences of one length: what real tokens get and give is the same, whatever the padding is."""
+    case = build(TrainSpec((61, 38, 1), group=2, mode=mode), device)
+    expected = run(case)
+    padded = build(TrainSpec((64, 64, 64), group=2, mode=mode, seed=5), device)
+    rows = torch.cat([64 * b + torch.arange(n) for b, n in enumerate(case.spec.lengths)]).to(device)
+    padded.grad_out.zero_()  # no loss on padding
+    for name in ("q", "k", "v", "grad_out"):
+        getattr(padded, name)[rows] = getattr(case, name)
+    assert_all_same({name: value[rows] for name, value in run(padded).items()}, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_do_not_matter(device: str, dtype: torch.dtype, mode: str) -> None:
+    spec = TrainSpec((70, 21), group=3, head_dim=40, dtype=dtype, mode=mode)
+    expected = run(build(spec, device))
+    for layout in LAYOUTS[1:]:
+        got = run(build(replace(spec, layout=layout), device))
+        assert_all_same(got, expected)
+    case = build(spec, device)
+    ones = case.grad_out[:1, :1, :1].expand_as(case.grad_out)  # as sum().backward() gives it
+    expanded = run(replace(case, grad_out=ones))
+    assert_all_same(expanded, run(replace(case, grad_out=ones.contiguous())))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_tokens_and_no_sequences(device: str, mode: str) -> None:
+    for lengths in ((), (0,), (0, 0)):
+        got = run(build(TrainSpec(lengths, mode=mode), device))
+        assert [got[name].shape[0] for name in RESULTS] == [0] * 5
+    case = build(TrainSpec((1, 0, 1), mode=mode), device)
+    assert_same(run(case)["out"].view(2, 2, 2, 16)[:, :, 1], case.v)  # a token that sees itself alone
+
+
+# ---- Determinism and autograd. ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_repeats_and_stale_memory(device: str, dtype: torch.dtype, mode: str) -> None:
+    case = build(TrainSpec((150, 3, 0), group=3, head_dim=64, page_size=8, dtype=dtype, mode=mode), device)
+    mask = library_mask(case)
+    first = run(case, mask)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = [run(case, mask), dict(zip(RESULTS, poisoned(lambda: tuple(run(case, mask).values())), strict=True))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in again:
+        assert_all_same(other, first)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_do_not_change_bits(mode: str) -> None:
+    for dtype in CUDA_DTYPES:
+        case = build(TrainSpec((101, 0, 57), group=3, head_dim=40, dtype=dtype, mode=mode))
+        assert_threads_agree(lambda: tuple(run(case).values()))  # noqa: B023
+
+
+def gradcheck(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
+def test_gradcheck(mode: str, rule: str) -> None:
+    """The CPU op in fp64, the index recomputed from the keys, theta or the selection fixed. q is included where the
+    spread has no query factor to detach: in rule `mean`, and with a spread of 0."""
+    case = build(TrainSpec((19, 0, 9), group=2, head_dim=8, num_pages=3, dtype=torch.float64, rule=rule, mode=mode))
+    mask = library_mask(case)
+    assert mode != "soft" or int(mask["theta"].isfinite().sum()) > 10
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        if mode == "soft":
+            mask["index"] = train.packed_index(k, *case.packing, rule=rule, page_size=4)
+        return attend(case, q, k, v, **mask, **options)
+
+    q, k, v = case.leaves()
+    if rule == "mean" or mode != "soft":
+        gradcheck(function, q, k, v)
+    else:
+        gradcheck(lambda k, v: function(q.detach(), k, v), k, v)
+        gradcheck(lambda q, k, v: function(q, k, v, spread=0.0), q, k, v)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_inputs(device: str, mode: str) -> None:
+    """Any subset of q, k and v may require grad; the others' gradients are the same then."""
+    case = build(TrainSpec((40, 9), mode=mode), device)
+    mask, full = library_mask(case), run(case)
+    for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+        leaves = [x.detach().requires_grad_(i in chosen) for i, x in enumerate((case.q, case.k, case.v))]
+        attend(case, *leaves, **mask).backward(case.grad_out)
+        for i, (leaf, name) in enumerate(zip(leaves, ("dq", "dk", "dv"), strict=True)):
+            assert (leaf.grad is not None) == (i in chosen)
+            if leaf.grad is not None:
+                assert_same(leaf.grad, full[name], name)
+    with torch.no_grad():
+        assert not attend(case, *case.leaves(), **mask).requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_used_twice(device: str) -> None:
+    case = build(TrainSpec((40, 9), group=1), device)
+    mask, once = library_mask(case), run(case)
+    q, k, v = case.leaves()
+    out = attend(case, q, k, v, **mask) + attend(case, q, k, v, **mask) + 3 * q
+    grads = torch.autograd.grad(out, (q, k, v), case.grad_out)
+    torch.testing.assert_close(grads[0], 2 * once["dq"] + 3 * case.grad_out)
+    torch.testing.assert_close(grads[1], 2 * once["dk"])
+    torch.testing.assert_close(grads[2], 2 * once["dv"])
+    tied = replace(case, v=case.k, q=case.k)  # q, k and v are one tensor
+    leaf = case.k.detach().requires_grad_()
+    parts = run(tied, mask)
+    (grad,) = torch.autograd.grad(attend(tied, leaf, leaf, leaf, **mask), leaf, case.grad_out)
+    torch.testing.assert_close(grad, parts["dq"] + parts["dk"] + parts["dv"])
+
+
+def test_what_is_not_differentiable_says_so() -> None:
+    case = build(TrainSpec((40,)))
+    mask, leaves = library_mask(case), case.leaves()
+    out, lse = ops.soft_mask_attention(*leaves, *case.packing, **mask, **case.spec.scoring)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    (dq,) = torch.autograd.grad(out, leaves[0], case.grad_out, create_graph=True)
+    with pytest.raises(ops.NotDifferentiableError, match="differentiable once"):
+        dq.sum().backward()
+    for name in ("theta", "tau"):
+        constants = {**mask, name: mask[name].clone().requires_grad_()}
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor without gradient .* got requires_grad=True"):
+            attend(case, *leaves, **constants)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_sees_the_same_gates(device: str, reentrant: bool) -> None:
+    case = build(TrainSpec((75, 22), group=3, dtype=torch.bfloat16), device)
+    options = {"rule": case.spec.rule, "page_size": 4, "tau": case.tau}
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return train.masked_attention(q, k, v, *case.packing, case.spec.num_pages, **options)
+
+    leaves = case.leaves()
+    expected = torch.autograd.grad(layer(*leaves), leaves, case.grad_out)
+    torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=reentrant).backward(case.grad_out)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert_same(leaf.grad, grad)
