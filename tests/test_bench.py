@@ -87,3 +87,16 @@ def test_measure_takes_turns():
     timings = _harness.measure(runs, torch.device("cpu"), rounds=3, warmup=1)
     assert calls == list("abababab")
     assert all(timing.rounds == 3 for timing in timings.values())
+
+
+def test_soft_mask(tmp_path: Path, capsys: pytest.CaptureFixture, device):
+    path = tmp_path / "soft_mask.json"
+    shape = ["--tokens", "96", "--heads", "4/2", "--head-dim", "32", "--budget", "32", "--repeats", "1"]
+    dtype = "bf16" if device.type == "cuda" else "fp32"  # what SDPA's flash kernels take
+    assert main(["bench", "soft_mask", *shape, "--device", str(device), "--dtype", dtype, "--out", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert {"soft", "hard", "dense", "sdpa_flash_attention"} <= set(result["step_times_peer"])
+    assert result["step_times_peer"]["sdpa_flash_attention"] == 1
+    assert all(time["median_ms"] > 0 for time in result["times"].values())
+    assert result["largest_error"] < (0.05 if dtype == "bf16" else 1e-4)
+    assert "sdpa_flash_attention" in capsys.readouterr().out
