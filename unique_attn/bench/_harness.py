@@ -188,7 +188,13 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with ``+changes`` if code or tests differ from it; None outside a repository."""
+    """The commit of the source tree, with ``+changes`` if code or tests differ from it; None outside a repository.
+
+    ``UNIQUE_ATTN_COMMIT`` names it where the tree was copied without its history.
+    """
+    named = os.environ.get("UNIQUE_ATTN_COMMIT")
+    if named:
+        return named
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
