@@ -118,7 +118,8 @@ def test_tau_towards_zero_is_the_hard_mask(device: str, dtype: torch.dtype, rule
         same = torch.isclose(soft["lse"], hard["lse"], rtol=1e-5, atol=1e-5).all(1)
         assert float(same.float().mean()) > (0.99 if dtype == torch.float32 else 0.8)
         assert all(bool(value.isfinite().all()) for value in soft.values())
-        assert_same(soft["out"][same], hard["out"][same], "out")
+        tolerance = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(soft["out"][same], hard["out"][same], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -236,19 +236,17 @@ def test_compiles_whole_with_its_backward(device: str, mode: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_with_inductor_and_autocast(device: str) -> None:
     torch._dynamo.reset()
-    case = build(TrainSpec((40, 22), dtype=torch.bfloat16), device)
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return masked(case, 2 * q, k, v).float() + 1
-
+    case = build(TrainSpec((40, 0, 22, 9), dtype=torch.bfloat16), device)
     leaves = [x.detach().float().requires_grad_() for x in (case.q, case.k, case.v)]
-    out = torch.compile(function, fullgraph=True)(*leaves)
-    expected = function(*leaves)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return train.masked_attention(2 * q, k, v, cu_seqlens, 40, 6, page_size=4, tau=case.tau).float() + 1
+
+    out, expected = (f(*leaves, case.cu_seqlens) for f in (torch.compile(function, fullgraph=True), function))
     torch.testing.assert_close(out, expected)
-    for got, other in zip(
-        *(torch.autograd.grad(x, leaves, case.grad_out.float()) for x in (out, expected)), strict=True
-    ):
+    grads = (torch.autograd.grad(x, leaves, case.grad_out.float()) for x in (out, expected))
+    for got, other in zip(*grads, strict=True):
         torch.testing.assert_close(got, other)
 
 

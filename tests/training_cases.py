@@ -197,16 +197,36 @@ def oracle(case: TrainCase, mask: dict[str, Tensor], dtype: torch.dtype = torch.
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
 
 
+class StoredOutput(torch.autograd.Function):
+    """softmax(logits) v whose backward pass takes sum_j P_j dP_j from the output as it is stored, as every attention
+    does that does not keep its weights. Logits fp32 ``[L, H, G, L]`` (fp64), v ``[L, H, D]``, products in v's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, v: Tensor) -> Tensor:
+        weights = logits.softmax(-1)
+        out = torch.einsum("lhgj,jhd->lhgd", weights.to(v.dtype), v)
+        ctx.save_for_backward(weights, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, v, out = ctx.saved_tensors
+        d_weights = torch.einsum("lhgd,jhd->lhgj", grad, v).to(weights.dtype)
+        delta = (out.to(weights.dtype) * grad.to(weights.dtype)).sum(-1, keepdim=True)
+        d_v = torch.einsum("lhgj,lhgd->jhd", weights.to(v.dtype), grad)
+        return weights * (d_weights - delta), d_v
+
+
 def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same in PyTorch as an eager model computes it: products in the inputs' dtype, scores, gates and softmax in
-    fp32 (fp64). On CUDA the library multiplies 16-bit inputs' squares as bf16, and so does this run there: that is
-    the whole of the allowance for it."""
+    """The same in PyTorch in the inputs' precision: products in the inputs' dtype, scores, gates and softmax in fp32
+    (fp64). On CUDA the library multiplies 16-bit inputs' squares as bf16, and so does this run there: that is the
+    whole of the allowance for it."""
     spec, leaves = case.spec, case.leaves(case.spec.dtype)
     wide = accumulator(spec.dtype)
     square = torch.bfloat16 if spec.dtype.itemsize == 2 and case.q.is_cuda else None
     options = {"theta": None, "tau": None, "pages": None, **oracle_mask(case, mask, wide), **spec.scoring}
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    outs, lses = [leaves[0][:0]], [leaves[0][:0, :, 0].to(wide)]
+    outs = [leaves[0][:0]]
     for part in case.sequences:
         q, k, v = (x[part] for x in leaves)
         per_query = {n: None if options[n] is None else options[n][part] for n in ("theta", "pages")}
@@ -217,19 +237,17 @@ def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
         group_q = q.view(len(q), spec.kv_heads, spec.group, spec.head_dim)
         logits = torch.einsum("lhgd,jhd->lhgj", group_q, k).to(wide) * scale + gates[:, :, None]
         logits = logits.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1)[:, None, None], -torch.inf)
-        weights = logits.softmax(-1).to(spec.dtype)
-        outs.append(torch.einsum("lhgj,jhd->lhgd", weights, v).reshape(q.shape))
-        lses.append(logits.logsumexp(-1).reshape(q.shape[:2]))
-    out, lse = torch.cat(outs), torch.cat(lses)
+        outs.append(StoredOutput.apply(logits, v).reshape(q.shape))
+    out = torch.cat(outs)
     grads = torch.autograd.grad(out, leaves, case.grad_out.cpu().contiguous())
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads)))
 
 
 # ---- Comparing. ----
 
 
 def assert_attention(case: TrainCase, got: dict[str, Tensor], mask: dict[str, Tensor]) -> None:
-    """``got`` errs at most twice as much as the eager run in the inputs' precision does.
+    """``got`` errs at most twice as much as a run in the inputs' precision does, for lse as the oracle in fp32 does.
 
     Beside that, what a plain sum in the accumulator's precision may err by: sqrt(n) units in the last place for n
     terms (PyTorch sums in blocks), and the error of a logit and of (score - theta) / tau, which is a relative error
