@@ -185,13 +185,20 @@ def oracle_mask(case: TrainCase, mask: dict[str, Tensor], dtype: torch.dtype) ->
     return {"theta": mask["theta"].cpu().to(dtype), "tau": float(mask["tau"])} if mask else {}
 
 
+def cuda_roundings(case: TrainCase, dtype: torch.dtype) -> dict[str, Any]:
+    """What the CUDA kernels store in 16 bits for 16-bit inputs: squares, and on Hopper the log-gates."""
+    if dtype == torch.float64 or case.spec.dtype.itemsize != 2 or not case.q.is_cuda:
+        return {}
+    hopper = torch.cuda.get_device_capability() == (9, 0) and case.spec.head_dim in (64, 128)
+    return {"square_dtype": torch.bfloat16, "gate_dtype": torch.float16 if hopper else None}
+
+
 def oracle(case: TrainCase, mask: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The same from the oracle in ``dtype``, with the library's theta or pages (which have tests of their own)."""
     spec, leaves = case.spec, case.leaves(dtype)
-    square = torch.bfloat16 if dtype != torch.float64 and spec.dtype.itemsize == 2 and case.q.is_cuda else None
     out, lse = reference_train.soft_mask_attention(
         *leaves, case.cu_seqlens.cpu(), **oracle_mask(case, mask, dtype), **spec.scoring, scale=spec.scale,
-        entry_dtype=spec.dtype, square_dtype=square, compute_dtype=dtype,
+        entry_dtype=spec.dtype, compute_dtype=dtype, **cuda_roundings(case, dtype),
     )  # fmt: skip
     grads = torch.autograd.grad(out, leaves, case.grad_out.cpu().to(dtype))
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
@@ -219,11 +226,10 @@ class StoredOutput(torch.autograd.Function):
 
 def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same in PyTorch in the inputs' precision: products in the inputs' dtype, scores, gates and softmax in fp32
-    (fp64). On CUDA the library multiplies 16-bit inputs' squares as bf16, and so does this run there: that is the
-    whole of the allowance for it."""
+    (fp64). On CUDA the library multiplies 16-bit inputs' squares as bf16 and on Hopper keeps log-gates in fp16, and so
+    does this run there: that is the whole of the allowance for it."""
     spec, leaves = case.spec, case.leaves(case.spec.dtype)
     wide = accumulator(spec.dtype)
-    square = torch.bfloat16 if spec.dtype.itemsize == 2 and case.q.is_cuda else None
     options = {"theta": None, "tau": None, "pages": None, **oracle_mask(case, mask, wide), **spec.scoring}
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
     outs = [leaves[0][:0]]
@@ -232,7 +238,7 @@ def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
         per_query = {n: None if options[n] is None else options[n][part] for n in ("theta", "pages")}
         gates = reference_train.key_gates(
             q.to(wide), k.to(wide), **{**options, **per_query}, spread=spec.spread, entry_dtype=spec.dtype,
-            square_dtype=square,
+            **cuda_roundings(case, wide),
         )  # fmt: skip
         group_q = q.view(len(q), spec.kv_heads, spec.group, spec.head_dim)
         logits = torch.einsum("lhgd,jhd->lhgj", group_q, k).to(wide) * scale + gates[:, :, None]

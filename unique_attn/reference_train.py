@@ -8,6 +8,8 @@ Symbols: L tokens of a sequence, N of a packed batch, Hq = G * H query heads, P 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -165,9 +167,11 @@ def key_gates(
     entry_dtype: torch.dtype,
     spread_q: Tensor | None = None,
     square_dtype: torch.dtype | None = None,
+    gate_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """log g ``[L, H, L]`` of every query and key of one sequence: soft with ``theta`` and ``tau``, hard with ``pages``
-    ``[L, H, n]``, else 0. The causal mask is not in it."""
+    ``[L, H, n]``, else 0. The causal mask is not in it. ``gate_dtype``: what log2 g is rounded to, if anything (fp16 by
+    the Hopper kernels; no part of the definition)."""
     length, heads = keys.shape[:2]
     complete = length // page_size
     page_gates = q.new_zeros((length, heads, complete))
@@ -177,6 +181,9 @@ def key_gates(
             q, keys, rule, page_size, spread, entry_dtype, spread_q=spread_q, square_dtype=square_dtype
         )
         page_gates = soft_gates(group_max(scores), theta, tau)
+        if gate_dtype is not None:
+            rounded = round_through(page_gates / math.log(2), gate_dtype) * math.log(2)
+            page_gates = torch.where(page_gates.isfinite(), rounded, page_gates)
     elif pages is not None:
         chosen = (pages[..., None] == torch.arange(complete, device=q.device)).any(2)
         page_gates = page_gates.masked_fill(~chosen, -torch.inf)
@@ -204,13 +211,14 @@ def soft_mask_attention(
     entry_dtype: torch.dtype | None = None,
     spread_q: Tensor | None = None,
     square_dtype: torch.dtype | None = None,
+    gate_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``out`` ``[N, Hq, D]`` and ``lse`` ``[N, Hq]`` in ``compute_dtype``, differentiable in q, k and v.
 
     Soft with ``theta`` and ``tau``, hard with ``pages``, else dense. Index entries are rounded to ``entry_dtype``, that
     of ``k`` by default (fp64 leaves of a bf16 run give bf16 here). ``spread_q`` and ``square_dtype``: see
-    :func:`head_scores`.
+    :func:`head_scores`; ``gate_dtype``: see :func:`key_gates`.
     """
     spread = reference.DEFAULT_SPREAD[rule] if spread is None else spread
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -233,6 +241,7 @@ def soft_mask_attention(
             recent_pages=recent_pages,
             entry_dtype=entry_dtype or k.dtype,
             square_dtype=square_dtype,
+            gate_dtype=gate_dtype,
         )
         logits = scale * torch.einsum("lhgd,jhd->lhgj", part_q.view(length, heads, group, q.shape[-1]), part_k)
         logits = logits + gates[:, :, None]

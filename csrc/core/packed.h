@@ -19,6 +19,20 @@ struct PackedSequences {
 UA_HD int page_slot(int cu_seqlen, int b, int page_size, int page) { return cu_seqlen / page_size + b + page; }
 UA_HD int num_page_slots(int total_tokens, int batch, int page_size) { return total_tokens / page_size + batch; }
 
+// The sequence of a token: the last one that starts at or before it and is not empty.
+UA_HD int sequence_of(const PackedSequences& seqs, int token) {
+  int low = 0, high = seqs.batch;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (seqs.cu_seqlens[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // Candidate pages of a query at `position`: complete pages that are neither sink nor recent; only they have a gate.
 UA_HD PageRange candidate_pages(int position, int page_size, int sink_pages, int recent_pages) {
   const int own = position / page_size;

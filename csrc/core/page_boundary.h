@@ -27,10 +27,16 @@ struct PageBoundaryParams {
   int64_t q_stride_head;
   IndexView index;  // [num_page_slots, H, 1, entry_bytes]
   void* theta;      // [N, H] contiguous fp32 (fp64 for fp64)
-  // CUDA: scores of a bounded chunk of queries at a time, [chunk_tokens, H, max pages] in the order key's type.
+  // CUDA: scores of a bounded chunk of queries at a time, [chunk_tokens, H, boundary_row_pages] in the order key's type.
   void* workspace;
   int chunk_tokens;
+  void* squares;  // CUDA, 16-bit inputs: [num_page_slots, H, D] bf16
 };
+
+// Pages of the longest sequence, padded so that a row of 16-bit scores is a multiple of 32 bytes.
+inline int boundary_row_pages(int64_t max_seqlen, int page_size) {
+  return static_cast<int>(((max_seqlen + page_size - 1) / page_size + 15) / 16 * 16);
+}
 
 void page_boundary_cpu(const PageBoundaryParams& params, const CpuExecutor& exec);
 

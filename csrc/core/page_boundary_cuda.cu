@@ -1,7 +1,7 @@
-// A bounded chunk of queries at a time: scores by matrix products into the workspace, then one thread block per row
+// A bounded chunk of queries at a time: scores by matrix products into the workspace, then boundary_select_cuda.cu
 // finds the two scores on either side of the boundary.
-#include "page_boundary.h"
-#include "radix_select.cuh"
+#include "boundary_select.cuh"
+#include "soft_mask_hopper.h"
 #include "soft_mask_tile.cuh"
 
 namespace unique_attn {
@@ -28,7 +28,7 @@ struct Shared {
 // Scores of the tokens [chunk_begin, chunk_end) of the packed batch on their candidate pages.
 template <typename T, int DP>
 __global__ void __launch_bounds__(kThreads) boundary_scores_kernel(const PageBoundaryParams p, int chunk_begin,
-                                                                   int chunk_end, int tokens_per_tile, int max_pages) {
+                                                                   int chunk_end, int tokens_per_tile, int row_pages) {
   constexpr int kPages = Shared<T, DP>::kPages;
   constexpr int kStride = tile_stride<T>(DP);
   constexpr int kVarStride = tile_stride<SpreadType<T>>(DP);
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads) boundary_scores_kernel(const PageBou
   if (begin >= end) return;
   const int num_tokens = min(tokens_per_tile, end - begin);
   const int page_size = p.seqs.page_size;
-  const PageRange range = candidate_pages(begin + num_tokens - 1 - start, page_size, p.sink_pages, p.recent_pages);
+  PageRange range = candidate_pages(begin + num_tokens - 1 - start, page_size, p.sink_pages, p.recent_pages);
+  range.end = min(range.end, row_pages);  // a sequence longer than max_seqlen must not leave the workspace
   if (range.first >= range.end) return;
 
   load_tile<DP, kThreads>(shared.q, kRows, p.head_dim, [&](int row) -> const T* {
@@ -115,84 +116,49 @@ __global__ void __launch_bounds__(kThreads) boundary_scores_kernel(const PageBou
         best = fmaxf(best, score);
       }
       const int64_t row = int64_t{begin + token - chunk_begin} * p.num_kv_heads + head;
-      static_cast<Key<T>*>(p.workspace)[row * max_pages + first + page] = from_float<Key<T>>(any_nan ? NAN : best);
+      static_cast<Key<T>*>(p.workspace)[row * row_pages + first + page] = from_float<Key<T>>(any_nan ? NAN : best);
     }
     __syncthreads();
   }
 }
 
-template <typename Score>
-__global__ void __launch_bounds__(kThreads)
-    boundary_select_kernel(const PageBoundaryParams p, int chunk_begin, int max_pages) {
-  __shared__ RadixScratch shared;
-  __shared__ unsigned below[kWarps];
-  const int token = chunk_begin + static_cast<int>(blockIdx.x) / p.num_kv_heads;
-  const int head = static_cast<int>(blockIdx.x) % p.num_kv_heads;
-  // The sequence of the token: the last one that starts at or before it and is not empty.
-  int low = 0, high = p.seqs.batch;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (p.seqs.cu_seqlens[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const int position = token - p.seqs.cu_seqlens[low];
-  const PageRange range = candidate_pages(position, p.seqs.page_size, p.sink_pages, p.recent_pages);
-  float* theta = static_cast<float*>(p.theta) + int64_t{token} * p.num_kv_heads + head;
-  const int wanted = max(p.k - p.sink_pages - p.recent_pages, 0);
-  if (range.end - range.first <= wanted || wanted == 0) {
-    if (threadIdx.x == 0) *theta = range.end - range.first <= wanted ? -INFINITY : INFINITY;
-    return;
-  }
-  const Score* scores = static_cast<const Score*>(p.workspace) + int64_t{blockIdx.x} * max_pages;
-  const RadixSelection kth = radix_select<kThreads>(scores, range.first, range.end, wanted, shared);
-  unsigned next = kth.key;  // of the (k + 1)-th
-  if (kth.equal == kth.ties) {
-    next = 0;
-    for (int i = range.first + static_cast<int>(threadIdx.x); i < range.end; i += kThreads) {
-      const unsigned key = order_key(scores[i]);
-      if (key < kth.key) next = max(next, key);
-    }
-    next = __reduce_max_sync(kFullMask, next);
-    if (threadIdx.x % kWarp == 0) below[threadIdx.x / kWarp] = next;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) next = max(next, below[w]);
-  }
-  if (threadIdx.x == 0) *theta = 0.5f * (key_score<Score>(kth.key) + key_score<Score>(next));
-}
+// Rows of the workspace are padded, so that they can be read 16 bytes at a time.
+int row_pages(const PageBoundaryParams& p) { return boundary_row_pages(p.seqs.max_seqlen, p.seqs.page_size); }
 
 template <typename T, int DP>
-cudaError_t launch(const PageBoundaryParams& p, cudaStream_t stream) {
-  const int group = p.num_q_heads / p.num_kv_heads;
-  const int tokens_per_tile = kRows / group;
-  const int max_pages = (p.seqs.max_seqlen + p.seqs.page_size - 1) / p.seqs.page_size;
-  const auto scores = boundary_scores_kernel<T, DP>;
-  cudaError_t error = cudaFuncSetAttribute(scores, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
+cudaError_t launch_scores(const PageBoundaryParams& p, int begin, int end, cudaStream_t stream) {
+  const int tokens_per_tile = kRows / (p.num_q_heads / p.num_kv_heads);
+  const auto kernel = boundary_scores_kernel<T, DP>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
-  for (int begin = 0; begin < p.seqs.total_tokens; begin += p.chunk_tokens) {
-    const int end = begin + p.chunk_tokens < p.seqs.total_tokens ? begin + p.chunk_tokens : p.seqs.total_tokens;
-    const dim3 grid((end - begin + tokens_per_tile - 1) / tokens_per_tile, p.num_kv_heads, p.seqs.batch);
-    scores<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(p, begin, end, tokens_per_tile, max_pages);
-    const unsigned rows = static_cast<unsigned>(end - begin) * p.num_kv_heads;
-    boundary_select_kernel<Key<T>><<<rows, kThreads, 0, stream>>>(p, begin, max_pages);
-    error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const dim3 grid((end - begin + tokens_per_tile - 1) / tokens_per_tile, p.num_kv_heads, p.seqs.batch);
+  kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(p, begin, end, tokens_per_tile, row_pages(p));
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t page_boundary_cuda(const PageBoundaryParams& params, cudaStream_t stream) {
-  if (params.seqs.total_tokens == 0 || params.num_kv_heads == 0) return cudaSuccess;
-  cudaError_t error = cudaErrorInvalidValue;
-  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, {
-    error = params.head_dim <= 64    ? launch<T, 64>(params, stream)
-            : params.head_dim <= 128 ? launch<T, 128>(params, stream)
-                                     : launch<T, 256>(params, stream);
-  });
+  const PageBoundaryParams& p = params;
+  if (p.seqs.total_tokens == 0 || p.num_kv_heads == 0) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const bool hopper = error == cudaSuccess && can_score_on_hopper(p, device);
+  for (int begin = 0; begin < p.seqs.total_tokens && error == cudaSuccess; begin += p.chunk_tokens) {
+    const int end = begin + p.chunk_tokens < p.seqs.total_tokens ? begin + p.chunk_tokens : p.seqs.total_tokens;
+    error = cudaErrorInvalidValue;
+    if (hopper) {
+      error = boundary_scores_hopper(p, begin, end, row_pages(p), stream);
+    } else {
+      UA_DISPATCH_CUDA_DTYPE(p.dtype, T, {
+        error = p.head_dim <= 64    ? launch_scores<T, 64>(p, begin, end, stream)
+                : p.head_dim <= 128 ? launch_scores<T, 128>(p, begin, end, stream)
+                                    : launch_scores<T, 256>(p, begin, end, stream);
+      });
+    }
+    if (error == cudaSuccess) error = boundary_select_cuda(p, begin, end, row_pages(p), stream);
+  }
   return error;
 }
 

@@ -39,6 +39,8 @@ struct SoftMaskForwardParams {
   int num_pages;
   void* out;  // [N, Hq, D] contiguous
   void* lse;  // [N, Hq] contiguous fp32 (fp64 for fp64), natural logarithm
+  // CUDA: soft_mask_workspace_bytes bytes, aligned to 256; null if that is 0.
+  void* workspace;
 };
 
 // Gradients (DESIGN 3): theta and the query factor of the spread (norm(q), q_d^2) are constants, the maximum over the
@@ -57,6 +59,9 @@ struct SoftMaskBackwardParams {
 
 void soft_mask_forward_cpu(const SoftMaskForwardParams& params, const CpuExecutor& exec);
 void soft_mask_backward_cpu(const SoftMaskBackwardParams& params, const CpuExecutor& exec);
+
+// Bytes of workspace that a call on this CUDA device needs.
+size_t soft_mask_workspace_bytes(const SoftMaskForwardParams& params, bool backward, int device);
 
 // fp32, bf16 and fp16. Launch on `stream` and do not wait. Deterministic.
 cudaError_t soft_mask_forward_cuda(const SoftMaskForwardParams& params, cudaStream_t stream);

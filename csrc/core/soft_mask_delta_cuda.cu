@@ -1,4 +1,5 @@
 #include "soft_mask_backward.cuh"
+#include "soft_mask_hopper.h"
 
 namespace unique_attn {
 namespace {
@@ -32,7 +33,12 @@ cudaError_t soft_mask_delta_cuda(const SoftMaskBackwardParams& params, cudaStrea
 
 cudaError_t soft_mask_backward_cuda(const SoftMaskBackwardParams& params, cudaStream_t stream) {
   if (params.forward.seqs.total_tokens == 0 || params.forward.num_kv_heads == 0) return cudaSuccess;
-  cudaError_t error = soft_mask_delta_cuda(params, stream);
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const HopperPlan plan = plan_soft_mask(params.forward, true, device);
+  if (plan.use) return soft_mask_backward_hopper(params, plan, stream);
+  error = soft_mask_delta_cuda(params, stream);
   if (error == cudaSuccess) error = soft_mask_dq_cuda(params, stream);
   if (error == cudaSuccess) error = soft_mask_dkv_cuda(params, stream);
   return error;

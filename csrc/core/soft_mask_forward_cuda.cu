@@ -2,6 +2,7 @@
 // rows (so that a page's score can take its maximum over the group inside the block) and walks the keys in tiles:
 // logits and page scores by matrix products, gates added to the logits, online softmax, weighted values. Copies of the
 // next tile run under the products of this one.
+#include "soft_mask_hopper.h"
 #include "soft_mask_tile.cuh"
 
 namespace unique_attn {
@@ -177,7 +178,12 @@ cudaError_t launch(const SoftMaskForwardParams& p, cudaStream_t stream) {
 
 cudaError_t soft_mask_forward_cuda(const SoftMaskForwardParams& params, cudaStream_t stream) {
   if (params.seqs.total_tokens == 0 || params.num_kv_heads == 0) return cudaSuccess;
-  cudaError_t error = cudaErrorInvalidValue;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const HopperPlan plan = plan_soft_mask(params, false, device);
+  if (plan.use) return soft_mask_forward_hopper(params, plan, stream);
+  error = cudaErrorInvalidValue;
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, {
     error = params.head_dim <= 64    ? launch<T, 64>(params, stream)
             : params.head_dim <= 128 ? launch<T, 128>(params, stream)

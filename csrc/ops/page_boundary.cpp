@@ -64,15 +64,20 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   const ScalarType theta_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor theta = torch::stable::new_empty(q, {q.size(0), index.size(1)}, theta_type);
   p.theta = theta.data_ptr();
-  Tensor workspace;
+  Tensor workspace, squares;
   if (args.is_cuda()) {
     const ScalarType key = score_type(q.scalar_type());
-    const int64_t max_pages = (max_seqlen + page_size - 1) / page_size;
-    const int64_t row_bytes = std::max<int64_t>(index.size(1) * max_pages * (key == ScalarType::Float ? 4 : 2), 1);
+    const int64_t row_pages = boundary_row_pages(p.seqs.max_seqlen, p.seqs.page_size);
+    const int64_t row_bytes = std::max<int64_t>(index.size(1) * row_pages * (key == ScalarType::Float ? 4 : 2), 1);
     p.chunk_tokens =
         static_cast<int>(std::clamp<int64_t>(kWorkspaceBytes / row_bytes, 64, std::max<int64_t>(q.size(0), 64)));
-    workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), max_pages}, key);
+    workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), row_pages}, key);
     p.workspace = workspace.data_ptr();
+    if (p.rule == Rule::kDirectional && key != ScalarType::Float) {
+      const int64_t slots = num_page_slots(p.seqs.total_tokens, p.seqs.batch, p.seqs.page_size);
+      squares = torch::stable::new_empty(q, {slots, index.size(1), q.size(2)}, ScalarType::BFloat16);
+      p.squares = squares.data_ptr();
+    }
   }
   Runner(kOp, q).run(p, page_boundary_cpu, UA_CUDA(page_boundary_cuda));
   return theta;

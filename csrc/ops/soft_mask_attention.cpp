@@ -37,6 +37,20 @@ struct SoftMaskCall {
   Tensor q, k, v;
 };
 
+// Memory that the call works in on CUDA, entered in `params`.
+Tensor workspace_of([[maybe_unused]] const Tensor& q, [[maybe_unused]] SoftMaskForwardParams& params,
+                    [[maybe_unused]] bool backward) {
+  Tensor workspace;
+#ifdef UNIQUE_ATTN_WITH_CUDA
+  if (q.is_cuda()) {
+    const size_t bytes = soft_mask_workspace_bytes(params, backward, q.get_device_index());
+    workspace = torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    params.workspace = workspace.data_ptr();
+  }
+#endif
+  return workspace;
+}
+
 SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                      int64_t max_seqlen, const std::optional<Tensor>& index, const std::optional<Tensor>& theta,
                      const std::optional<Tensor>& tau, const std::optional<Tensor>& pages, int64_t page_size,
@@ -120,6 +134,7 @@ std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tenso
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
   call.params.out = out.data_ptr();
   call.params.lse = lse.data_ptr();
+  const Tensor workspace = workspace_of(q, call.params, false);
   Runner(kOp, q).run(call.params, soft_mask_forward_cpu, UA_CUDA(soft_mask_forward_cuda));
   return {out, lse};
 }
@@ -161,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q,
   p.dq = dq.data_ptr();
   p.dk = dk.data_ptr();
   p.dv = dv.data_ptr();
+  const Tensor workspace = workspace_of(q, p.forward, true);
   Runner(kOp, q).run(p, soft_mask_backward_cpu, UA_CUDA(soft_mask_backward_cuda));
   return {dq, dk, dv};
 }

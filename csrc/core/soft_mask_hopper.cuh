@@ -1,0 +1,134 @@
+// What the Hopper training kernels share: their arguments, tensor maps, and the launchers by which
+// soft_mask_hopper_cuda.cu chains them.
+#pragma once
+
+#include "hopper.cuh"
+#include "soft_mask_hopper.h"
+
+namespace unique_attn {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kScorePages = 64;    // pages per tile of the scores' kernel
+constexpr int kForwardKeys = 128;  // keys per tile
+constexpr int kDqKeys = 64;
+constexpr int kDkvKeys = 128;    // keys per thread block, 64 per warpgroup
+constexpr int kGradPages = 128;  // pages per thread block, 64 per warpgroup
+
+// The queries and keys of one launch. Rows of the workspace are the tokens from token_begin on; of sequence b they
+// hold the pages from first_page(b) on.
+struct HopperChunk {
+  int token_begin, token_end;  // of the packed batch
+  int key_begin, key_end;      // tiles of keys that start here
+  int width;                   // pages in a row of the workspace
+};
+
+struct HopperArgs {
+  SoftMaskForwardParams p;
+  HopperChunk chunk;
+  int group;
+  int tokens;      // per 64 rows
+  int page_shift;  // log2 of the page size
+};
+
+// Sequence and tile of a thread block that serves queries of a chunk.
+struct QueryTile {
+  int start, length;  // of the sequence
+  int first;          // position of the tile's first token
+  int end;            // position after the chunk's last token of this sequence
+};
+
+__device__ __forceinline__ QueryTile query_tile(const HopperArgs& a, int b, int tile, int tile_tokens) {
+  const int start = a.p.seqs.cu_seqlens[b];
+  const int stop = a.p.seqs.cu_seqlens[b + 1];
+  const int first = max(start, a.chunk.token_begin) + tile * tile_tokens;
+  return {start, stop - start, first - start, min(stop, a.chunk.token_end) - start};
+}
+
+// First tile of `tile_keys` keys of a sequence that starts in the chunk.
+__device__ __forceinline__ int first_key_tile(const HopperChunk& chunk, int start, int tile_keys) {
+  return max(chunk.key_begin - start + tile_keys - 1, 0) / tile_keys;
+}
+
+__device__ __forceinline__ int first_chunk_page(const HopperArgs& a, int start) {
+  return first_key_tile(a.chunk, start, kDkvKeys) * kDkvKeys >> a.page_shift;
+}
+
+// Copies by the TMA begin and end on 16 bytes. Pages of a box of log-gates that holds those of a tile of `tile_keys`
+// keys; it begins at the tile's first page rounded down to kGateAlign (kBestAlign for arg-max heads).
+constexpr int kGateAlign = 8;
+constexpr int kBestAlign = 16;
+UA_HD int gate_box(int tile_keys, int page_size) { return tile_keys / page_size < 8 ? 8 : tile_keys / page_size; }
+
+// A tensor [z, y, x] with unit stride in x, and the box of it that one copy takes.
+struct TensorBox {
+  const void* data;
+  int element_bytes;  // 1, 2
+  int64_t size[3];    // x, y, z
+  int64_t stride[2];  // of y and z, in bytes, multiples of 16
+  int box[3];
+  bool swizzle;  // 128 bytes; else none
+};
+cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& box);
+
+enum class ScoreOutput { kScores, kGates, kGatesForBackward };
+struct ScoreMaps {
+  CUtensorMap mean, var;
+};
+struct ScoreOutputs {
+  __nv_bfloat16* scores;  // kScores; candidates only
+  __half* log_gates;
+  uint8_t* best;
+  __nv_bfloat16* slopes;
+};
+struct ForwardMaps {
+  CUtensorMap q, k, v, log_gates;
+};
+struct DqMaps {
+  CUtensorMap q, grad, k, v, mean, log_gates, best;
+};
+struct PageGradMaps {
+  CUtensorMap q, q_squares, weights, best, slopes;
+};
+struct DkvMaps {
+  CUtensorMap q, grad, k, v, log_gates;
+};
+
+// std^2 of every entry, or the squares of a chunk of queries: rows of D channels, 16-bit to bf16.
+cudaError_t launch_squares(const HopperArgs& args, __nv_bfloat16* out, bool of_queries, cudaStream_t stream);
+cudaError_t launch_hard_gates(const HopperArgs& args, __half* log_gates, cudaStream_t stream);
+cudaError_t launch_page_gates(const HopperArgs& args, const ScoreMaps& maps, const ScoreOutputs& out, ScoreOutput which,
+                              cudaStream_t stream);
+cudaError_t launch_forward(const HopperArgs& args, const ForwardMaps& maps, cudaStream_t stream);
+cudaError_t launch_row_stats(const SoftMaskBackwardParams& params, float2* stats, cudaStream_t stream);
+cudaError_t launch_dq(const HopperArgs& args, const DqMaps& maps, const float2* stats, __nv_bfloat16* weights, void* dq,
+                      cudaStream_t stream);
+cudaError_t launch_page_gradients(const HopperArgs& args, const PageGradMaps& maps, float* page_grads,
+                                  cudaStream_t stream);
+cudaError_t launch_finish_page_gradients(const HopperArgs& args, float* page_grads, cudaStream_t stream);
+cudaError_t launch_dkv(const HopperArgs& args, const DkvMaps& maps, const float2* stats, const float* page_grads,
+                       void* dk, void* dv, cudaStream_t stream);
+
+// Calls `...` with T and D.
+#define UA_DISPATCH_HOPPER(params, T, D, ...) \
+  if ((params).dtype == DType::kBFloat16) {   \
+    using T = __nv_bfloat16;                  \
+    if ((params).head_dim == 64) {            \
+      constexpr int D = 64;                   \
+      __VA_ARGS__;                            \
+    } else {                                  \
+      constexpr int D = 128;                  \
+      __VA_ARGS__;                            \
+    }                                         \
+  } else {                                    \
+    using T = __half;                         \
+    if ((params).head_dim == 64) {            \
+      constexpr int D = 64;                   \
+      __VA_ARGS__;                            \
+    } else {                                  \
+      constexpr int D = 128;                  \
+      __VA_ARGS__;                            \
+    }                                         \
+  }
+
+}  // namespace unique_attn
