@@ -204,6 +204,40 @@ def test_a_nan_query_stays_with_its_head_or_group(device: str, mode: str) -> Non
     assert_same(got["out"][~hurt], clean["out"][~hurt])
 
 
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+def test_hard_mode_does_not_read_what_is_not_selected(dtype: torch.dtype, poison: float) -> None:
+    """As in decoding: keys and values of a page hurt the queries that see it and what those give gradients to. On CUDA
+    a tile's keys are multiplied by all of a tile's queries, and 0 times NaN is NaN."""
+    case = build(TrainSpec((75, 33), group=3, head_dim=40, dtype=dtype, mode="hard"), "cpu")
+    pages = library_mask(case)["pages"]
+    hurt = slice(12, 16)  # page 3 of the first sequence, where queries from 16 on do not select it
+    pages[16:75] = torch.where(pages[16:75] == 3, 2, pages[16:75])
+    clean = run(case, {"pages": pages})
+    case.k[hurt] = poison
+    case.v[hurt] = poison
+    got = run(case, {"pages": pages})
+    assert not got["out"][hurt].isfinite().any()
+    for name in RESULTS:
+        before = slice(
+            0, 12 if name in ("out", "lse", "dq") else 0
+        )  # dk and dv there come from queries of the page too
+        for part in (before, slice(16, None)):
+            assert_same(got[name][part], clean[name][part], name)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "minmax"])
+def test_a_page_of_nan_keys_is_not_selected(rule: str) -> None:
+    """Where there are other pages to select: from page 6 on a query has five candidates and takes four."""
+    case = build(TrainSpec((75,), group=3, mode="hard", rule=rule), "cpu")
+    case.k[9], case.v[9] = torch.nan, torch.nan
+    mask = library_mask(case)
+    assert not (mask["pages"][24:] == 2).any()
+    got = run(case, mask)
+    assert got["out"].isnan().any(-1).any(-1).nonzero().flatten().tolist() == list(range(9, 24))
+    assert all(bool(got[name][24:].isfinite().all()) for name in RESULTS)
+
+
 # ---- Packing, layouts, padding. ----
 
 

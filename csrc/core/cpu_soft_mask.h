@@ -55,7 +55,8 @@ class QueryLogits {
     if (p.mode == MaskMode::kSoft) gates.enter(b, h);
   }
 
-  // logits[g * row + j] = scale * q . k_j + log gate for the keys j <= position.
+  // logits[g * row + j] = scale * q . k_j + log gate for the keys j <= position. A hard gate of 0 hides the key, NaN and
+  // all: decoding does not read it.
   void compute(int position) {
     const int64_t token = start + position;
     widen_rows(static_cast<const T*>(p.q) + token * p.q_stride_token + int64_t{head} * group * p.q_stride_head,
@@ -70,6 +71,10 @@ class QueryLogits {
     for (int g = 0; g < group; ++g) {
       Acc* x = logits + g * row;
       for (int j = 0; j < count; j += V::kLanes) store(x + j, load(x + j, Full()) * scale, Full());
+      if (p.mode == MaskMode::kHard) {
+        hide_pages(x);
+        continue;
+      }
       for (int page = range.first; page < range.end; ++page) {
         for (int j = page * p.seqs.page_size; j < (page + 1) * p.seqs.page_size; ++j) x[j] += log_gate[page];
       }
@@ -97,6 +102,13 @@ class QueryLogits {
   int start = 0;  // of the sequence
 
  private:
+  void hide_pages(Acc* x) const {
+    for (int page = range.first; page < range.end; ++page) {
+      if (log_gate[page] == Acc(0)) continue;
+      for (int j = page * p.seqs.page_size; j < (page + 1) * p.seqs.page_size; ++j) x[j] = -Acc(__builtin_inff());
+    }
+  }
+
   void compute_gates(int64_t token) {
     const Acc infinity(__builtin_inff());
     if (p.mode == MaskMode::kHard) {

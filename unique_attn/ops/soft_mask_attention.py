@@ -33,7 +33,8 @@ def soft_mask_attention(
 
     Soft (``index``, ``theta`` and ``tau`` given): ``g = sigmoid((s - theta) / tau)`` on the candidate pages of a query
     (complete, neither sink nor recent), s the page's score. Hard (``pages`` given): g = 1 on the selected pages, 0 on
-    the other candidates. Neither: dense. Gates are recomputed in the backward pass, never stored.
+    the other candidates, which then count as little as in decoding (on the CPU not even a NaN in them is seen; on CUDA
+    it is, by the queries of the same tile). Neither: dense. Gates are recomputed in the backward pass, never stored.
 
     Gradients reach q (logits, q . mean), k (logits, mean and spread of its page's entry) and v. theta, tau and the
     query factor of the spread are constants; the maximum over the group passes its gradient to the arg-max head (the
