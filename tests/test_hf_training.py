@@ -167,7 +167,9 @@ def test_packed_sequences_agree_with_the_same_sequences_alone(kind, use_cache, d
     torch.testing.assert_close(model(torch.cat(parts, 1), **extra).logits, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_layouts_of_masks():
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_layouts_of_masks(monkeypatch, rows):
+    monkeypatch.setattr(training, "_MASK_BYTES", rows * 6)  # how many are looked at in one go
     causal = torch.ones(6, 6, dtype=torch.bool).tril()
     assert training.mask_layout(causal[None, None], 2, 6).cu_seqlens.tolist() == [0, 6, 12]
     holes = causal & torch.tensor([False, True, False, True, True, False])
@@ -297,6 +299,27 @@ def test_compile(padding):
     torch.testing.assert_close(list(grads.values()), list(expected_grads.values()), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["packed", "checkpointed", "autocast"])
+def test_compile_with(how):
+    torch._dynamo.reset()
+    model, plain = trained("llama-mha"), trained("llama-mha")
+    inputs: dict[str, Any] = {"input_ids": ids(48), "use_cache": False}
+    if how == "packed":
+        bounds = torch.tensor([0, 20, 48], dtype=torch.int32)
+        inputs["position_ids"] = torch.cat([torch.arange(20), torch.arange(28)])[None]
+        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 28, "max_length_k": 28}
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss, grads = step(torch.compile(model, backend="aot_eager"), **inputs)
+        expected, expected_grads = step(plain, **inputs)
+    close = {"rtol": 5e-2, "atol": 5e-2} if how == "autocast" else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(loss, expected, **close)
+    torch.testing.assert_close(list(grads.values()), list(expected_grads.values()), **close)
+    _, dense_grads = step(trained("llama-mha", how=ua.TrainConfig(mode="dense")), **inputs)
+    assert any((grads["_orig_mod." + name] - grad).abs().max() > 0.1 for name, grad in dense_grads.items())
+
+
 # ---- Trainer. ----
 
 
@@ -332,6 +355,23 @@ def test_trainer_and_resume(tmp_path):
     assert logged(again, "sparsity_tau")[-3:] == logged(run, "sparsity_tau")[-3:]
     assert logged(again, "sparsity_mode")[-2:] == [2, 2]
     assert logged(again, "loss")[-1] == pytest.approx(logged(run, "loss")[-1], rel=1e-3)
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path):
+    """Micro-batches of 1, 2 and 4 rows: one temperature for each optimizer step, and the same parameters."""
+    runs = []
+    for rows in (1, 2, 4):
+        run = trainer(
+            tmp_path / str(rows), trained(how=PACED), max_steps=4, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=4 // rows, logging_steps=1, save_strategy="no", optim="sgd", learning_rate=0.01,
+        )  # fmt: skip
+        run.train()
+        runs.append(run)
+    assert logged(runs[0], "sparsity_mode") == [1, 1, 2, 2]
+    for run in runs[1:]:
+        assert logged(run, "sparsity_tau") == logged(runs[0], "sparsity_tau")
+        assert logged(run, "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-3)
+        torch.testing.assert_close(run.model.state_dict(), runs[0].model.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 def test_callback_needs_an_enabled_model(tmp_path):
@@ -384,8 +424,13 @@ def test_statistics_of_known_gates():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="train: expected a TrainConfig or None, got dict"):
         ua.enable(tiny(), SMALL, train={})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"config.recent_pages: expected at least 1 to train, got 0"):
-        trained(config=ua.UniqueConfig(recent_pages=0))
+    none_recent = ua.UniqueConfig(recent_pages=0)  # decoding can do that
+    for how in (SOFT, HARD, PACED, ua.TrainConfig(mode="dense", hard_after=0.5)):
+        model = tiny()
+        with pytest.raises(ValueError, match=r"config.recent_pages: expected at least 1 to train, got 0"):
+            ua.enable(model, none_recent, train=how)
+        assert model.config._attn_implementation == "sdpa"  # refused before anything was changed
+    ua.enable(tiny(), none_recent, train=ua.TrainConfig(mode="dense"))
     with pytest.raises(ValueError, match=r"config.rule: expected mean, unique or directional with mode 'soft'"):
         trained(config=ua.UniqueConfig(rule="minmax"))
     with pytest.raises(ValueError, match="progress: expected a share of the training from 0 to 1, got nan"):

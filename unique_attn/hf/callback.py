@@ -19,6 +19,7 @@ class SparsityCallback(TrainerCallback):
     :meth:`unique_attn.hf.TrainState.statistics`: in ``trainer.state.log_history`` and for all callbacks behind this
     one. The Trainer runs reporters (TensorBoard, W&B) before the callbacks of its user; to have them see it too,
     ``trainer.callback_handler.callbacks.insert(0, SparsityCallback())``. Works with TRL's trainers, which are Trainers.
+    On several ranks temperature and mode are the same everywhere; statistics are of the rank's own rows.
 
     Args:
         model: the enabled model, wrapped or not; by default the one that the Trainer trains.
