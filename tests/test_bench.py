@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unique_attn import bench
+from unique_attn import bench, report
 from unique_attn.__main__ import main
-from unique_attn.bench import _harness
+from unique_attn.bench import _harness, soft_mask
 from unique_attn.bench._harness import Timing
 
 SMALL = ["--context", "1024", "--heads", "4/2", "--head-dim", "32", "--budget", "128", "--repeats", "2"]
@@ -91,12 +91,53 @@ def test_measure_takes_turns():
 
 def test_soft_mask(tmp_path: Path, capsys: pytest.CaptureFixture, device):
     path = tmp_path / "soft_mask.json"
-    shape = ["--tokens", "96", "--heads", "4/2", "--head-dim", "32", "--budget", "32", "--repeats", "1"]
+    shape = ["--tokens", "192", "96", "96", "--heads", "4/2", "--head-dim", "32", "--budget", "32", "--repeats", "1"]
     dtype = "bf16" if device.type == "cuda" else "fp32"  # what SDPA's flash kernels take
     assert main(["bench", "soft_mask", *shape, "--device", str(device), "--dtype", dtype, "--out", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert {"soft", "hard", "dense", "sdpa_flash_attention"} <= set(result["step_times_peer"])
-    assert result["step_times_peer"]["sdpa_flash_attention"] == 1
-    assert all(time["median_ms"] > 0 for time in result["times"].values())
-    assert result["largest_error"] < (0.05 if dtype == "bf16" else 1e-4)
+    assert result["options"]["tokens"] == [96, 192] == [each["tokens"] for each in result["lengths"]]
+    assert result["environment"]["torch"] == torch.__version__
+    for each in result["lengths"]:
+        sides = each["sides"]
+        assert {"soft", "hard", "dense", "sdpa_flash_attention"} <= set(sides)
+        assert sides["sdpa_flash_attention"]["times_peer"]["step"] == 1
+        for side in sides.values():
+            forward, step = side["forward"]["median_ms"], side["step"]["median_ms"]
+            assert forward > 0
+            assert side["backward_ms"] == pytest.approx(step - forward, abs=1e-4)
+            work = 2 * each["tokens"] ** 2 * 32 * 4
+            assert side["tflops"]["forward"] == pytest.approx(work / forward / 1e9, rel=1e-3)
+            assert side["tflops"]["step"] == pytest.approx(3.5 * work / step / 1e9, rel=1e-3)
+            assert (side["memory"] is None) == (device.type == "cpu")
+        assert set(each["parts"]) == {"index", "boundary", "selection"}
+        assert each["largest_error"] < (0.05 if dtype == "bf16" else 1e-4)
+    assert (result["bytes_per_token"] is None) == (device.type == "cpu")
     assert "sdpa_flash_attention" in capsys.readouterr().out
+    text = report.training([result])
+    assert "| 96 |" in text
+    assert "| 192 |" in text
+    assert str(Path.home()) not in path.read_text()
+
+
+def test_bytes_per_token():
+    lengths, line = [8, 16, 32], [100 + 3 * n for n in (8, 16, 32)]
+    assert soft_mask.slope(lengths, line) == pytest.approx(3)
+    assert soft_mask.slope(lengths, [5, 5, 5]) == pytest.approx(0)
+    assert soft_mask.slope([1, 2, 3], [1, 2, 4]) == pytest.approx(1.5)
+    sides = [{"soft": {"memory": {"forward_bytes": n, "backward_bytes": 2 * n + 7}}} for n in line]
+    found = soft_mask._bytes_per_token([{"tokens": n, "sides": side} for n, side in zip(lengths, sides)])
+    assert found == {"soft": {"forward": 3, "backward": 6}}
+    assert soft_mask._bytes_per_token([{"tokens": 8, "sides": sides[0]}]) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--heads", "32"], "--heads: expected QUERY/KV"),
+        (["--tokens", "0", "8"], "--tokens: expected at least 1, got 0"),
+        (["--budget", "100"], "--budget: expected a multiple of the page size 8, got 100"),
+    ],
+)
+def test_bad_options_of_soft_mask(argv: list[str], complaint: str):
+    with pytest.raises(SystemExit, match=complaint):
+        main(["bench", "soft_mask", "--device", "cpu", *argv])

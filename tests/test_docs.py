@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,18 +38,87 @@ def test_rules_table():
 def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
-    assert report.replace_block(README, report.render(results)) == README, "run `python -m unique_attn report`"
+    assert report.rewrite(README, results) == README, "run `python -m unique_attn report`"
+
+
+def sweep() -> dict[str, Any]:
+    """A result of `bench soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
+
+    def time(ms: float) -> dict[str, float]:
+        return {"median_ms": ms}
+
+    def side(n: int, factor: float) -> dict[str, Any]:
+        return {
+            "forward": time(factor * n), "step": time(3 * factor * n), "backward_ms": 2 * factor * n,
+            "times_peer": {"forward": factor, "backward": factor, "step": factor},
+            "tflops": {"forward": 100 / factor, "backward": 100 / factor, "step": 100 / factor},
+            "memory": {"forward_bytes": (n << 20) * factor, "backward_bytes": (n << 21) * factor},
+        }  # fmt: skip
+
+    factors = {"soft": 1.25, "hard": 1.5, "dense": 1.125, "sdpa_flash_attention": 1, "sdpa_cudnn": 0.5}
+    options = {"heads": "32/8", "head_dim": 128, "dtype": "bf16", "rule": "directional", "budget": 512, "page_size": 8}
+    return {
+        "bench": "soft_mask",
+        "options": options,
+        "environment": {"device": "NVIDIA H100", "torch": "2.13.0"},
+        "peer": "sdpa_flash_attention",
+        "lengths": [
+            {
+                "tokens": 8192 * n,
+                "sides": {name: side(n, factor) for name, factor in factors.items()},
+                "parts": {"index": time(0.25), "boundary": time(0.5), "selection": time(4.0)},
+            }
+            for n in (1, 2, 4)
+        ],
+        "bytes_per_token": {"soft": {"forward": 160.0, "backward": 320.4}},
+    }
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    training = f"{report.TRAINING_BEGIN}old\n{report.TRAINING_END}"
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}between\n{training}after\n")
+    results = report.load(ROOT / "benchmarks" / "results")
     assert report.main(["--readme", str(readme)]) == 0
+    blocks = (report.render(results), report.training(results))
+    expected = f"before\n{report.BEGIN}{blocks[0]}{report.END}between\n"
+    expected += f"{report.TRAINING_BEGIN}{blocks[1]}{report.TRAINING_END}after\n"
+    assert readme.read_text() == expected
     assert report.main(["--print"]) == 0
-    assert readme.read_text() == f"before\n{report.BEGIN}{capsys.readouterr().out}{report.END}after\n"
+    assert capsys.readouterr().out == "\n".join(block for block in blocks if block)
     readme.write_text("no markers")
     assert report.main(["--readme", str(readme)]) == 1
     assert "expected the lines" in capsys.readouterr().err
+
+
+def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("matplotlib")
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    readme.write_text(f"{report.BEGIN}{report.END}")
+    argv = ["--results", str(folder), "--readme", str(readme)]
+    (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
+    assert report.main(argv) == 0  # without a result over lengths there is nothing to say
+    assert readme.read_text() == f"{report.BEGIN}{report.END}"
+    assert not (tmp_path / "docs").exists()
+    (folder / "soft-mask.json").write_text(json.dumps(sweep()))
+    assert report.main(argv) == 1
+    assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
+    readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
+    assert report.main(argv) == 0
+    text = readme.read_text()
+    assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
+    assert (
+        "| 16,384 | 2.00 + 4.00 ms | 1.00 + 2.00 ms (0.50x) | 2.50 + 5.00 ms (**1.25x**) | 3.00 + 6.00 ms (1.50x) | "
+        "2.25 + 4.50 ms (1.12x) | 80 / 100 | 0.25 + 0.50 ms | 2 / 5 MiB |"
+    ) in text
+    assert "160 / 320 bytes per token" in text
+    pictures = re.findall(r"\]\((docs/[^)]+)\)", text)
+    assert pictures == ["docs/training_time.png", "docs/training_memory.png"]
+    assert all((tmp_path / each).read_bytes().startswith(b"\x89PNG") for each in pictures)
+    (folder / "soft-mask-2.json").write_text(json.dumps(sweep()))
+    assert report.main(argv) == 0
+    assert (tmp_path / "docs" / "training_memory_2.png").exists()
 
 
 def test_public_names_are_there():

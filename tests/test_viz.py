@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from unique_attn.viz import Selections, plot_layers, plot_selection
+from unique_attn.viz import Selections, plot_layers, plot_lengths, plot_selection
 
 pytest.importorskip("matplotlib")
 
@@ -73,3 +73,12 @@ def test_pictures(tmp_path: Path, steps: int, layers: int, heads: int, pages: in
     )
     assert min(png_size(path)) > 300
     assert min(png_size(plot_layers(s, tmp_path / "b.png", marks={"here": 3}))) > 200
+
+
+@pytest.mark.parametrize("logarithmic", [True, False])
+def test_lengths(tmp_path: Path, logarithmic: bool):
+    lines = {"soft": [1.0, 4.0, 16.5], "dense": [0.5, 2.0, 8.0]}
+    path = plot_lengths([8192, 16384, 1000], lines, tmp_path / "deep" / "a.png", title="t", logarithmic=logarithmic)
+    width, height = png_size(path)
+    assert width > 1000
+    assert height > 600

@@ -1,8 +1,9 @@
-"""Pictures of what page-sparse decoding reads, drawn from recorded selections.
+"""Pictures of what page-sparse decoding reads, drawn from recorded selections, and of measurements.
 
 :class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
 :func:`plot_selection` draws them in one figure (by step above, by layer and head below), :func:`plot_layers` draws
-every single choice, one panel a layer. Needs matplotlib; nothing else in the package imports this module.
+every single choice, one panel a layer. :func:`plot_lengths` draws measurements against sequence lengths. Needs
+matplotlib; the rest of the package imports this module only to draw.
 """
 
 from __future__ import annotations
@@ -270,6 +271,63 @@ def plot_layers(
         0.035, 1 - 0.6 / height, f"{subtitle}\n{note}" if subtitle else note, fontsize=9.5, color=MUTED, va="top",
         linespacing=1.4,
     )  # fmt: skip
+    return _save(plt, figure, path)
+
+
+def plot_lengths(
+    lengths: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    ylabel: str = "",
+    logarithmic: bool = False,
+) -> Path:
+    """Draw measured values against sequence lengths, one line a name.
+
+    Args:
+        lengths: tokens, ascending.
+        lines: a value for each length.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        ylabel: what the values are.
+        logarithmic: both axes by factors, so that a straight line is a power; else from 0 on.
+
+    Returns:
+        ``path``.
+    """
+    plt = _pyplot()
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+    figure = plt.figure(figsize=(8.4, 4.8), facecolor=PAPER)
+    ax = figure.add_axes((0.09, 0.12, 0.66, 0.68))
+    for i, (name, values) in enumerate(lines.items()):
+        ax.plot(lengths, values, color=HEADS[i % len(HEADS)], marker="o", markersize=4, linewidth=1.8, label=name)
+    if logarithmic:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    else:
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+    ax.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
+    ax.minorticks_off()
+    ax.grid(axis="y", color=GRID, linewidth=0.7)
+    _style(ax)
+    ax.set_xlabel("tokens", fontsize=9, color=INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=INK)
+    # Names from top to bottom as the lines end.
+    handles, names = ax.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda i: -lines[names[i]][-1])
+    ax.legend(
+        [handles[i] for i in order], [names[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5),
+        frameon=False, fontsize=9, labelcolor=INK,
+    )  # fmt: skip
+    figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
+    figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
     return _save(plt, figure, path)
 
 
