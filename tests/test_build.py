@@ -306,6 +306,7 @@ def test_cuda_against_a_cpu_torch(project: Project, nvcc: Path):
     call = (nvcc.parent.parent / "calls").read_text().splitlines()[-1]
     for code in ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80", "arch=compute_90a,code=sm_90a"):
         assert f"-gencode {code}" in call
+    assert "-DUNIQUE_ATTN_SM90A" in call
     # Without CUDA again: only what includes its headers is compiled anew.
     assert compiled(project.build()) == {"ops.cpp.o", "libunique_attn.so"}
     assert project.call("get_kernel") == ""
@@ -315,7 +316,9 @@ def test_cuda_sources_alone(project: Project, nvcc: Path):
     env = {"UNIQUE_ATTN_CUDA": "1", "UNIQUE_ATTN_NVCC": str(nvcc), "UNIQUE_ATTN_CUDA_ARCHS": "9.0+PTX"}
     assert "1 CUDA sources compile" in project.build("cuda", **env)
     assert not project.library.exists()
-    assert "code=compute_90" in (nvcc.parent.parent / "calls").read_text()
+    calls = (nvcc.parent.parent / "calls").read_text()
+    assert "code=compute_90" in calls
+    assert "SM90A" not in calls  # plain 9.0 lacks the instructions of the Hopper kernels
 
 
 @pytest.fixture

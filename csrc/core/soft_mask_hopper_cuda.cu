@@ -15,11 +15,15 @@ int attribute(cudaDeviceAttr which, int device) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
 
-// Whether these kernels run there. Strides are multiples of 16 bytes, as the ops require.
-bool on_hopper(DType dtype, int head_dim, int device) {
+// Whether these kernels run there, and were built for it. Strides are multiples of 16 bytes, as the ops require.
+bool on_hopper([[maybe_unused]] DType dtype, [[maybe_unused]] int head_dim, [[maybe_unused]] int device) {
+#ifdef UNIQUE_ATTN_SM90A
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (head_dim == 64 || head_dim == 128) &&
          attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
          attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+#else
+  return false;
+#endif
 }
 
 // The number of tiles, at most `most`, whose thread blocks fill the device best; the larger on near ties.
