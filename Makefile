@@ -14,7 +14,7 @@ BENCH_ARGS ?= --help
 PY_SOURCES := .
 CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help setup build demo test test-transformers bench info sanitize lint format cuda-compile wheel clean distclean
+.PHONY: help setup build demo test test-transformers bench info sanitize lint format cuda-compile cuda-hazards wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -100,6 +100,10 @@ format: $(VENV)/.requirements
 
 cuda-compile: $(VENV)/.requirements
 	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools cuda
+
+# Whether the compiler overwrites operands of products in flight.
+cuda-hazards: $(VENV)/.requirements
+	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools.wgmma_hazards
 
 wheel: $(VENV)/.requirements
 	$(BIN)/python -m build --no-isolation --wheel
