@@ -1,8 +1,10 @@
 """Benchmarks: ``python -m unique_attn bench NAME``.
 
 Every module of this package whose name does not begin with an underscore is a benchmark: it has
-``add_arguments(parser)``, ``run(options) -> dict`` (what goes into the JSON) and ``report(result) -> str``.
-A new one is a new file. What they share is in ``_harness``.
+``add_arguments(parser)``, ``run(options) -> dict`` (what goes into the JSON) and ``report(result) -> str``, and may
+have ``COMMITTED``, by kind of device the flags that write its committed results: ``bench all`` runs those of every
+module. A new one is a new file. What they share: ``_harness`` (timing and checking), ``_ceiling`` (bandwidth),
+``_machine``, ``_sweep`` (shapes), ``_inputs``, ``_checks``, ``_peers``.
 """
 
 from __future__ import annotations
@@ -11,15 +13,27 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from unique_attn.bench._harness import write_json
+from unique_attn.bench._machine import slug
+
+RESULTS = Path("benchmarks") / "results"
 
 
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def _add_shared(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    sub.add_argument("--repeats", type=int, default=30, help="timed rounds of every candidate")
+    sub.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for what torch takes")
+    sub.add_argument("--out", help="file for the JSON result")
+    sub.add_argument("--results", help="folder for the JSON result, which names its file itself")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,23 +47,49 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-        sub.add_argument("--repeats", type=int, default=30, help="timed rounds of every candidate")
-        sub.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for what torch takes")
-        sub.add_argument("--out", help="file for the JSON result")
+        _add_shared(sub)
         module.add_arguments(sub)
         sub.set_defaults(module=module)
+    every = commands.add_parser("all", help="write every committed result that this device can write")
+    every.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    every.add_argument("--results", default=str(RESULTS), help="folder for the JSON results")
     return root
+
+
+def file_name(result: dict[str, Any], options: argparse.Namespace) -> str:
+    """``<bench>-<device>-<preset or dtype>.json``"""
+    variant = getattr(options, "preset", None) or getattr(options, "dtype", [])
+    words = [variant] if isinstance(variant, str) else list(variant)
+    return "-".join([result["bench"], slug(result["environment"]["device"]), *words]) + ".json"
+
+
+def committed(device: str) -> list[list[str]]:
+    """Command lines that write the committed results on a kind of device."""
+    found = []
+    for name in names():
+        module = importlib.import_module(f"{__name__}.{name}")
+        found += [[name, *flags] for flags in getattr(module, "COMMITTED", {}).get(torch.device(device).type, [])]
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
+    if options.bench == "all":
+        for command in committed(options.device):
+            print(f"==== bench {' '.join(command)} ====", flush=True)
+            main([*command, "--device", options.device, "--results", options.results])
+        return 0
     if options.repeats < 1:
         raise SystemExit(f"error: --repeats: expected at least 1, got {options.repeats}")
+    if torch.device(options.device).type == "cuda":
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     if options.threads:
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = options.module.run(options)
     print(options.module.report(result))
-    if options.out:
-        print(f"\nwrote {write_json(options.out, result)}")
+    targets = [options.out] if options.out else []
+    if options.results:
+        targets.append(str(Path(options.results) / file_name(result, options)))
+    for path in targets:
+        print(f"\nwrote {write_json(path, result)}", flush=True)
     return 0

@@ -1,29 +1,44 @@
-"""What every benchmark shares: cold caches, fair timing, bandwidth ceilings, facts about the machine, JSON.
+"""What every benchmark shares: cold caches, fair timing, outputs checked before they are timed, JSON.
 
-A benchmark gives named callables to :func:`measure`. They run in turn, round after round, with the caches flushed
-before each call, so that a slow moment of the machine meets all of them. Medians are what counts.
+:func:`measure` times named callables; :func:`compare` does the same for :class:`Side` s, after their outputs were
+overwritten with rubbish, computed anew and checked. Sides run in turn, round after round, so that a slow moment of the
+machine meets all of them. Medians are what counts.
+
+On CUDA the calls of all input sets of a side are captured in one graph and replayed between two events, so that
+launches do not count. Caches are cold: they are flushed before every replay, and a replay goes through the input sets
+once; or the sets are together ``ROTATED`` times as large as the last-level cache, and a replay goes through them until
+it takes ``REPLAY`` seconds. On the CPU, caches are flushed before every call.
 """
 
 from __future__ import annotations
 
-import datetime
+import importlib
 import json
-import os
-import platform
+import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unique_attn._version import __version__
+from unique_attn.bench._machine import cache_bytes, environment
+
+__all__ = ["DTYPES", "GB", "ColdCache", "Side", "Timing", "compare", "environment", "measure", "row", "write_json"]
 
 GB = 1e9
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROTATED = 4  # at random replacement, 2% of a cyclic walk over this many times the cache would hit
+REPLAY = 2e-4  # seconds: an event's resolution and a graph's start are lost in it
+MAX_CYCLES = 64
+MAX_SETS = 64
+MIN_ROUNDS = 5
+
+Call = Callable[[], Any]
 
 
 # ---- Timing. ----
@@ -57,10 +72,11 @@ class Timing:
 
 
 class ColdCache:
-    """Evicts the data caches by rewriting a buffer that is several times their size."""
+    """Evicts the data caches by going through a buffer that is several times their size: rewriting it on the CPU,
+    reading it on CUDA, where lines that must be written back first would cost the next call bandwidth."""
 
     def __init__(self, device: torch.device) -> None:
-        size = 256 << 20 if device.type == "cuda" else max(256 << 20, 4 * _last_level_cache_bytes())
+        size = max(256 << 20, ROTATED * cache_bytes(device))
         self.buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
     @property
@@ -68,44 +84,98 @@ class ColdCache:
         return self.buffer.numel() * self.buffer.itemsize
 
     def flush(self) -> None:
-        self.buffer.add_(1)
+        if self.buffer.is_cuda:
+            self.buffer.sum()
+        else:
+            self.buffer.add_(1)
 
 
-def _last_level_cache_bytes() -> int:
-    sizes = [0]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in "KM":
-            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
-    return max(sizes)
+@dataclass
+class Side:
+    """One way to compute what a benchmark computes.
 
-
-def measure(
-    candidates: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int = 3
-) -> dict[str, Timing]:
-    """Time each callable ``rounds`` times, in turn, with cold caches.
-
-    On CUDA a call is captured in a graph once and replayed between two events, so that launches do not count.
+    Attributes:
+        calls: one for each input set; returns the tensors that it wrote.
+        bytes: what a call must move.
+        check: raises AssertionError when the outputs of input set i are wrong.
     """
-    cold = ColdCache(device)
-    runs = {name: _graphed(run) if device.type == "cuda" else run for name, run in candidates.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(warmup + rounds):
-        for name, run in runs.items():
-            cold.flush()
-            elapsed = _time_cuda(run) if device.type == "cuda" else _time_cpu(run)
-            if i >= warmup:
-                seconds[name].append(elapsed)
-    return {name: Timing.of(values) for name, values in seconds.items()}
+
+    calls: Sequence[Call]
+    bytes: int = 0
+    check: Callable[[int, Any], object] | None = None
+
+    def rotates(self, device: torch.device) -> bool:
+        """Whether going through the input sets leaves nothing of them in the cache."""
+        return len(self.calls) * self.bytes >= 0.75 * ROTATED * cache_bytes(device)
 
 
-def _time_cpu(run: Callable[[], object]) -> float:
+def sets_needed(size: int, device: torch.device, at_most: int = MAX_SETS) -> int:
+    """Input sets of ``size`` bytes each until they rotate; 1 on the CPU, where caches are flushed."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(at_most, math.ceil(ROTATED * cache_bytes(device) / size)))
+
+
+@dataclass
+class _Prepared:
+    """A side as it is timed: ``run`` makes ``calls`` calls."""
+
+    run: Call
+    calls: int
+    flush: bool
+    outputs: list[Any] = field(default_factory=list)
+    seconds: float = 0.0  # of one run, roughly
+
+
+def _prepare(side: Side, device: torch.device) -> _Prepared:
+    flush = not side.rotates(device) or device.type == "cpu"
+    if device.type == "cpu":
+        return _Prepared(_in_turn(side.calls), 1, flush)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for i in range(max(3, min(len(side.calls), 8))):
+            side.calls[i % len(side.calls)]()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    prepared = _capture(side.calls, 1, flush, device)
+    if not flush and prepared.seconds < REPLAY:
+        cycles = min(MAX_CYCLES, math.ceil(REPLAY / max(prepared.seconds, 1e-7)))
+        prepared = _capture(side.calls, cycles, flush, device)
+    return prepared
+
+
+def _capture(calls: Sequence[Call], cycles: int, flush: bool, device: torch.device) -> _Prepared:
+    graph, outputs = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for cycle in range(cycles):
+            for call in calls:
+                written = call()
+                if cycle == 0:
+                    outputs.append(written)
+                del written
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return _Prepared(graph.replay, cycles * len(calls), flush, outputs, _time_cuda(graph.replay))
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    count = 0
+
+    def run() -> Any:
+        nonlocal count
+        count += 1
+        return calls[(count - 1) % len(calls)]()
+
+    return run
+
+
+def _time_cpu(run: Call) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _time_cuda(run: Callable[[], object]) -> float:
+def _time_cuda(run: Call) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -114,101 +184,179 @@ def _time_cuda(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _graphed(run: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def _rounds(
+    prepared: Mapping[str, _Prepared], device: torch.device, rounds: int, warmup: int, *, launches: bool = False
+) -> dict[str, Timing]:
+    """Time every side once a round. ``launches``: from an idle device, so that launching counts."""
+    cold = ColdCache(device)
+    seconds: dict[str, list[float]] = {name: [] for name in prepared}
+    for i in range(warmup + rounds):
+        for name, side in prepared.items():
+            if side.flush:
+                cold.flush()
+            if launches and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed = _time_cuda(side.run) if device.type == "cuda" else _time_cpu(side.run)
+            if i >= warmup:
+                seconds[name].append(elapsed / side.calls)
+    return {name: Timing.of(values) for name, values in seconds.items()}
 
 
-# ---- The ceiling. ----
+def measure(candidates: Mapping[str, Call], device: torch.device, *, rounds: int, warmup: int = 3) -> dict[str, Timing]:
+    """Time each callable ``rounds`` times, in turn, with the caches flushed before every call."""
+    prepared = {name: _prepare(Side([run]), device) for name, run in candidates.items()}
+    return _rounds(prepared, device, rounds, warmup)
 
 
-def bandwidth(device: torch.device, *, rounds: int = 15, size: int | None = None) -> dict[str, Any]:
-    """The fastest that plain PyTorch moves memory here, in GB/s: the best of copying and summing a large buffer.
-
-    Counts bytes read plus bytes written. It is the yardstick of every floor in a benchmark's result.
-    """
-    size = size or (1 << 30 if device.type == "cuda" else 512 << 20)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "copy": (lambda: target.copy_(source), 2 * size),
-        "sum": (lambda: source.sum(), size),
-    }
-    if device.type == "cpu":  # one thread's sum may be bound by arithmetic
-        ways["dot"] = (lambda: torch.dot(source, target), 2 * size)
-    target.copy_(source)
-    timings = measure({name: run for name, (run, _) in ways.items()}, device, rounds=rounds)
-    rates = {name: ways[name][1] / timing.median / GB for name, timing in timings.items()}
-    best = max(rates, key=lambda name: rates[name])
-    return {"gb_per_s": round(rates[best], 2), "way": best, "all": {name: round(r, 2) for name, r in rates.items()}}
+# ---- Checked sides. ----
 
 
-# ---- Facts and files. ----
+@dataclass
+class Compared:
+    """What :func:`compare` found: timings of the sides that are right, reasons of the others."""
+
+    timings: dict[str, Timing]
+    failed: dict[str, str]
+    launched: dict[str, Timing] = field(default_factory=dict)
+    launched_failed: dict[str, str] = field(default_factory=dict)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge a number: machine, threads, versions, commit, date. No paths, no host names."""
-    build = json.loads(torch.ops.unique_attn.build_info())
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _commit(),
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cpu": _cpu_model(),
-        "cpu_isa": build.get("cpu_isa"),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "unique_attn": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        facts["cuda_archs"] = build.get("cuda_archs")
-    return facts
+def poison(outputs: Any) -> None:
+    """Overwrite tensors, nested in any way, with values that no benchmark expects."""
+    if isinstance(outputs, torch.Tensor):
+        outputs.fill_(math.nan if outputs.is_floating_point() else 255 if outputs.dtype == torch.uint8 else -77)
+    elif isinstance(outputs, (tuple, list)):
+        for each in outputs:
+            poison(each)
 
 
-def _output(*command: str) -> str | None:
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Inside, memory comes with NaN or the largest integer in it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = importlib.import_module("torch.utils.deterministic")  # its attribute is a property of the module
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
     try:
-        root = Path(__file__).resolve().parent
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fill
 
 
-def _commit() -> str | None:
-    """The commit of the source tree, with ``+changes`` if code or tests differ from it; None outside a repository.
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
-    ``UNIQUE_ATTN_COMMIT`` names it where the tree was copied without its history.
+
+def _checked_eagerly(side: Side, device: torch.device) -> None:
+    with poisoned_allocations(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peers that have no deterministic implementation
+        outputs = side.calls[0]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if side.check is not None:
+        side.check(0, outputs)
+
+
+def compare(
+    sides: Mapping[str, Side],
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float = math.inf,
+    launches: bool = False,
+) -> Compared:
+    """Check every side, then time those that are right, in turn.
+
+    A side is called once eagerly, into memory full of NaN, and checked. On CUDA what is replayed is checked too: its
+    outputs are overwritten, the graph replayed, the first and the last of them checked.
+
+    Args:
+        sides: by name.
+        device: where they run.
+        rounds: timed rounds.
+        seconds: device time after which there are fewer, at least five, rounds.
+        launches: also time single calls from an idle device, launching included.
+
+    Returns:
+        Timings of the right sides; for the others (wrong, or raising) the reason.
     """
-    named = os.environ.get("UNIQUE_ATTN_COMMIT")
-    if named:
-        return named
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    if commit is None:
+    found = Compared({}, {})
+    prepared: dict[str, _Prepared] = {}
+    for name, side in sides.items():
+        try:
+            _checked_eagerly(side, device)
+        except Exception as error:  # peers raise what they like
+            found.failed[name] = found.launched_failed[name] = _reason(error)
+            continue
+        try:
+            prepared[name] = _prepare(side, device)
+            if device.type == "cuda" and side.check is not None:
+                outputs = prepared[name].outputs
+                poison(outputs)
+                prepared[name].run()
+                torch.cuda.synchronize(device)
+                for i in sorted({0, len(outputs) - 1}):
+                    side.check(i, outputs[i])
+        except Exception as error:
+            prepared.pop(name, None)
+            found.failed[name] = f"in a CUDA graph: {_reason(error)}" if device.type == "cuda" else _reason(error)
+    if prepared:
+        planned = sum(side.seconds for side in prepared.values())
+        if planned > 0:
+            rounds = int(min(rounds, max(MIN_ROUNDS, seconds / planned)))
+        found.timings = _rounds(prepared, device, rounds, 2)
+    if launches and device.type == "cuda":
+        eager = {
+            name: _Prepared(_in_turn(side.calls), 1, not side.rotates(device))
+            for name, side in sides.items()
+            if name not in found.launched_failed
+        }
+        found.launched = _rounds(eager, device, max(rounds, 20), 5, launches=True)
+    return found
+
+
+# ---- Results. ----
+
+
+def row(timing: Timing, size: int, ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    """A timing beside the fewest bytes it must move and the time that those take at the ceiling."""
+    floor = size / (ceiling["gb_per_s"] * GB)
+    return {
+        **timing.to_json(),
+        "bytes": size,
+        "gb_per_s": round(size / timing.median / GB, 2),
+        "floor_ms": round(1e3 * floor, 5),
+        "times_floor": round(timing.median / floor, 2),
+        "percent_of_ceiling": round(100 * floor / timing.median, 1),
+    }
+
+
+def outcome(found: Compared, name: str, size: int, ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    """A side's :func:`row`, and how long a launched call takes if that was measured; or why there is none."""
+    if name not in found.timings:
+        return {"failed": found.failed[name]}
+    launched = {"launched": found.launched[name].to_json()} if name in found.launched else {}
+    return {**row(found.timings[name], size, ceiling), **launched}
+
+
+def best_of(found: Compared, names: Sequence[str], size: int, ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    """The fastest of several ways, by name, beside all of them; what failed and why if none is left."""
+    ways = {name: outcome(found, name, size, ceiling) for name in names}
+    timed = [name for name in names if name in found.timings]
+    if not timed:
+        return {"failed": "; ".join(f"{name}: {way['failed']}" for name, way in ways.items()), "ways": ways}
+    best = min(timed, key=lambda name: found.timings[name].median)
+    return {"way": best, **row(found.timings[best], size, ceiling), "ways": ways}
+
+
+def ratio(of: Mapping[str, Any], to: Mapping[str, Any]) -> float | None:
+    """Medians of two rows, the first divided by the second; None if one of them is missing."""
+    if "median_ms" not in of or "median_ms" not in to:
         return None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "..", "../../csrc")
-    return f"{commit}+changes" if changed else commit
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return round(of["median_ms"] / to["median_ms"], 3)
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:

@@ -1,206 +1,249 @@
-"""One decode step of one attention layer: unique_decode against scaled_dot_product_attention."""
+"""One decode step of one attention layer: unique_decode against dense attention (FlashInfer, SDPA)."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from unique_attn import ops
-from unique_attn.bench._harness import DTYPES, GB, Timing, bandwidth, environment, measure
+from unique_attn.bench import _checks, _peers
+from unique_attn.bench._ceiling import Ceilings
+from unique_attn.bench._harness import DTYPES, Side, best_of, compare, outcome, ratio, sets_needed
+from unique_attn.bench._inputs import Shaped
+from unique_attn.bench._machine import free_bytes, gib
+from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
+
+FIELDS = ("batch", "context", "heads", "head_dim", "page_size", "block_size", "budget", "rule", "dtype")
+LENGTHS = [8192, 16384, 32768, 65536, 131072]
+BATCHES = [80, 32, 8, 1]
+PRESETS: dict[str, Sequence[Grid]] = {
+    "context": [{"batch": BATCHES, "context": LENGTHS, "head_dim": [128], "page_size": [8]}],
+    "head64": [{"batch": BATCHES, "context": LENGTHS, "head_dim": [64], "page_size": [8]}],
+    "page_sizes": [{"batch": [80, 1], "context": [32768], "head_dim": [128, 64], "page_size": [4, 16, 32]}],
+    "batch80": [{"batch": [80], "context": LENGTHS[:3], "head_dim": [128], "page_size": [8]}],
+    "latency": [{"batch": [1], "context": LENGTHS, "head_dim": [128, 64], "page_size": [8]}],
+}
+PRESETS["table"] = [grid for name in ("context", "head64", "page_sizes") for grid in PRESETS[name]]
+COMMITTED = {"cpu": [["--dtype", "bf16"], ["--dtype", "fp32"]], "cuda": [["--preset", "table"]]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--context", type=int, default=32768, help="tokens in the cache, the new one included")
-    parser.add_argument("--heads", default="32/8", help="query heads / KV heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=8, help="tokens per page")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens per physical block")
-    parser.add_argument("--budget", type=int, default=512, help="tokens that a KV head reads")
-    parser.add_argument("--rule", default="directional", choices=list(ops.RULES))
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    add_shape_flags(parser, FIELDS, PRESETS)
+    parser.add_argument("--peers", nargs="*", default=list(_peers.DENSE_PEERS), choices=list(_peers.DENSE_PEERS))
 
 
 class Step:
-    """Random inputs of one decode step, for both sides: a paged cache in shuffled blocks, and the same in a row."""
+    """Input sets of one decode step: paged caches in shuffled blocks, an index, the new token's q, k and v."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.o = options
-        self.device = torch.device(options.device)
-        self.dtype = DTYPES[options.dtype]
-        try:
-            self.q_heads, self.kv_heads = (int(n) for n in options.heads.split("/"))
-        except ValueError:
-            raise SystemExit(f"error: --heads: expected QUERY/KV such as 32/8, got {options.heads!r}") from None
-        o = options
-        if o.context % o.block_size:
-            raise SystemExit(f"error: --context: expected a multiple of the block size {o.block_size}, got {o.context}")
-        if o.budget % o.page_size:
-            raise SystemExit(f"error: --budget: expected a multiple of the page size {o.page_size}, got {o.budget}")
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype)
-
-        blocks = o.context // o.block_size
-        total = o.batch * blocks
-        shape = (total, self.kv_heads, o.block_size, o.head_dim)
-        self.k_cache, self.v_cache = random(*shape), random(*shape)
-        order = torch.randperm(total, generator=generator, device=self.device)
-        self.table = order.view(o.batch, blocks).to(torch.int32)
-        self.lens = torch.full((o.batch,), o.context, dtype=torch.int32, device=self.device)
-        self.q = random(o.batch, 1, self.q_heads, o.head_dim)
-        self.k, self.v = (random(o.batch, 1, self.kv_heads, o.head_dim) for _ in range(2))
-        self.index = ops.new_index(self.k_cache, rule=o.rule, page_size=o.page_size)
-        starts = torch.zeros_like(self.lens)
-        ops.page_index(
-            self.k_cache, self.index, self.table, starts, self.lens,
-            max_new_tokens=o.context, rule=o.rule, page_size=o.page_size,
-        )  # fmt: skip
-        self.unique()  # writes the new token, so that both sides hold the same keys
-        self.k_row, self.v_row = (self._in_a_row(cache) for cache in (self.k_cache, self.v_cache))
-
-    def _in_a_row(self, cache: torch.Tensor) -> torch.Tensor:
-        """``[B, H, context, D]`` contiguous."""
-        o = self.o
-        rows = cache[self.table.long()].transpose(1, 2)  # [B, H, blocks, block_size, D]
-        return rows.reshape(o.batch, self.kv_heads, o.context, o.head_dim).contiguous()
+    def __init__(self, o: Shape, device: torch.device) -> None:
+        self.o = o
+        self.shaped = shaped = Shaped(o, device)
+        random, blocks = shaped.random, o.context // o.block_size
+        self.moved = bytes_moved(o)
+        self.count = sets_needed(self.moved["unique"], device)
+        self.table = random.table(o.batch, blocks)
+        self.lens = shaped.lens(o.context)
+        self.caches = [shaped.caches(o.batch * blocks) for _ in range(self.count)]
+        self.indexes = [shaped.index(k_cache, self.table, o.context) for k_cache, _ in self.caches]
+        self.queries = [random.normal(o.batch, 1, shaped.q_heads, o.head_dim) for _ in range(self.count)]
+        self.keys, self.values = (
+            [random.normal(o.batch, 1, shaped.kv_heads, o.head_dim) for _ in range(self.count)] for _ in range(2)
+        )
+        self.scoring: dict[str, Any] = {"rule": o.rule, "page_size": o.page_size}
+        self.k = o.budget // o.page_size
+        for i in range(self.count):
+            self.unique(i)  # writes the new token, so that every side has the same keys
 
     # ---- What is timed. ----
 
-    def unique(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        o = self.o
+    def unique(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k_cache, v_cache = self.caches[i]
         return ops.unique_decode(
-            self.q, self.k, self.v, self.k_cache, self.v_cache, self.index, self.table, self.lens,
-            o.budget // o.page_size, rule=o.rule, page_size=o.page_size,
+            self.queries[i], self.keys[i], self.values[i], k_cache, v_cache, self.indexes[i], self.table, self.lens,
+            self.k, **self.scoring,
         )  # fmt: skip
 
-    def dense(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """Every way to hand a decode step with grouped heads to SDPA; the fastest counts."""
-        group = self.q_heads // self.kv_heads
-        q = self.q.transpose(1, 2).contiguous()  # [B, Hq, 1, D]
-        grouped = q.view(self.o.batch, self.kv_heads, group, self.o.head_dim)  # heads of a group as query rows
-        k_wide, v_wide = (row.repeat_interleave(group, 1) for row in (self.k_row, self.v_row))
-        return {
-            "group_as_rows": lambda: F.scaled_dot_product_attention(grouped, self.k_row, self.v_row),
-            "enable_gqa": lambda: F.scaled_dot_product_attention(q, self.k_row, self.v_row, enable_gqa=True),
-            "expanded_before": lambda: F.scaled_dot_product_attention(q, k_wide, v_wide),
-        }
+    def parts(self) -> dict[str, Side]:
+        """The ops that unique_decode consists of, one by one, on the inputs that they have in it."""
+        o, table, lens, starts = self.o, self.table, self.lens, self.lens - 1
 
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """The ops that unique_decode consists of, one by one."""
-        o = self.o
-        scores = ops.page_scores(self.q, self.index, self.table, self.lens, rule=o.rule, page_size=o.page_size)
-        pages = ops.topk_pages(scores, self.lens, o.budget // o.page_size, page_size=o.page_size)
-        starts = self.lens - 1
-        return {
-            "page_index": lambda: ops.page_index(
-                self.k_cache, self.index, self.table, starts, self.lens,
-                max_new_tokens=1, rule=o.rule, page_size=o.page_size,
-            ),
-            "page_scores": lambda: ops.page_scores(
-                self.q, self.index, self.table, self.lens, rule=o.rule, page_size=o.page_size
-            ),
-            "topk_pages": lambda: ops.topk_pages(scores, self.lens, o.budget // o.page_size, page_size=o.page_size),
-            "sparse_decode": lambda: ops.sparse_decode(
-                self.q, self.k_cache, self.v_cache, pages, self.table, self.lens, page_size=o.page_size
-            ),
-        }  # fmt: skip
+        def page_scores(i: int) -> torch.Tensor:
+            return ops.page_scores(self.queries[i], self.indexes[i], table, lens, **self.scoring)
 
-    # ---- What it must move, and whether it is right. ----
+        scores = [page_scores(i) for i in range(self.count)]
 
-    def bytes_moved(self) -> dict[str, int]:
-        o = self.o
-        rows, pages = o.batch * self.kv_heads, o.context // o.page_size
-        token = 2 * o.head_dim * self.dtype.itemsize  # key and value
-        index = rows * pages * ops.index_entry_bytes(o.rule, o.head_dim, self.dtype)
-        selected = rows * min(o.budget, o.context) * token
-        return {"index": index, "selected_kv": selected, "unique": index + selected, "dense": rows * o.context * token}
+        def topk_pages(i: int) -> torch.Tensor:
+            return ops.topk_pages(scores[i], lens, self.k, page_size=o.page_size)
 
-    def check(self) -> float:
-        """Largest error of unique_decode against fp32 attention over the pages that it chose."""
-        o = self.o
-        out, _, pages = self.unique()
-        worst = 0.0
-        group = self.q_heads // self.kv_heads
-        for b in range(o.batch):
-            for h in range(self.kv_heads):
-                chosen = pages[b, 0, h][pages[b, 0, h] >= 0].long()
-                tokens = (chosen[:, None] * o.page_size + torch.arange(o.page_size, device=self.device)).flatten()
-                k, v = self.k_row[b, h, tokens].float(), self.v_row[b, h, tokens].float()
-                q = self.q[b, 0, h * group : (h + 1) * group].float()
-                expected = torch.softmax(q @ k.T * o.head_dim**-0.5, -1) @ v
-                worst = max(worst, (out[b, 0, h * group : (h + 1) * group].float() - expected).abs().max().item())
-        return worst
+        pages = [topk_pages(i) for i in range(self.count)]
+
+        def page_index(i: int) -> None:
+            index, k_cache = self.indexes[i], self.caches[i][0]
+            ops.page_index(k_cache, index, table, starts, lens, max_new_tokens=1, **self.scoring)
+
+        def sparse_decode(i: int) -> Any:
+            return ops.sparse_decode(self.queries[i], *self.caches[i], pages[i], table, lens, page_size=o.page_size)
+
+        runs: list[Callable[[int], Any]] = [page_index, page_scores, topk_pages, sparse_decode]
+        # The step's bytes: sets rotate for a part where they do for the step.
+        return {run.__name__: Side([partial(run, i) for i in range(self.count)], self.moved["unique"]) for run in runs}
+
+    def dense(self, peers: Sequence[str]) -> dict[str, dict[str, _peers.Dense]]:
+        """Every way of every peer that is here and whose copies of the caches fit into memory."""
+        device = self.shaped.device
+        kv = self.count * self.moved["dense"]
+        reserve = checked_bytes(self.o) + (1 << 30)
+        flat = [q.flatten(0, 1) for q in self.queries]
+        found: dict[str, dict[str, _peers.Dense]] = {}
+        if "flashinfer" in peers:
+            room = kv + reserve < free_bytes(device)
+            if not room and _peers.flashinfer(device) is not None:
+                print("FlashInfer: only in our layout, copies in its own do not fit", file=sys.stderr)
+            found["flashinfer"] = _peers.flashinfer_dense(flat, self.caches, self.table, second_layout=room)
+        if "sdpa" in peers:
+            copies = (1 if device.type == "cuda" else 1 + self.shaped.group) * kv
+            if 1.5 * copies + reserve < free_bytes(device):
+                rows = [(self._in_a_row(k), self._in_a_row(v)) for k, v in self.caches]
+                found["sdpa"] = _peers.sdpa_dense(flat, rows)
+            else:
+                print(f"SDPA left out: copies of the caches take {gib(copies)}", file=sys.stderr)
+        return {name: ways for name, ways in found.items() if ways}
+
+    def _in_a_row(self, cache: torch.Tensor) -> torch.Tensor:
+        """``[B, H, context, D]`` contiguous."""
+        rows = cache[self.table.long()].transpose(1, 2)  # [B, H, blocks, block_size, D]
+        return rows.reshape(self.o.batch, self.shaped.kv_heads, self.o.context, self.o.head_dim).contiguous()
+
+    # ---- Whether it is right. ----
+
+    def check(self, i: int, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+        """The pages are the best ones, and attention to them is right. Returns its largest error."""
+        out, lse, pages = found
+        q, (k_cache, v_cache) = self.queries[i], self.caches[i]
+        _checks.selection(pages, q, self.indexes[i], self.table, self.lens, **self.scoring)
+        return _checks.attention(
+            (out, lse), q, k_cache, v_cache, pages, self.table, self.lens, page_size=self.o.page_size
+        )
+
+    def check_dense(self, i: int, out: torch.Tensor) -> None:
+        q = self.queries[i]
+        _checks.dense(out.reshape(q.shape), q, *self.caches[i], self.table, self.lens)
+
+
+def bytes_moved(o: Shape) -> dict[str, int]:
+    """What a step must read: the index and the selected keys and values once; densely, all keys and values."""
+    dtype = DTYPES[o.dtype]
+    rows, pages = o.batch * heads(o.heads)[1], o.context // o.page_size
+    token = 2 * o.head_dim * dtype.itemsize  # key and value
+    index = rows * pages * ops.index_entry_bytes(o.rule, o.head_dim, dtype)
+    selected = rows * min(o.budget, o.context) * token
+    return {"index": index, "selected_kv": selected, "unique": index + selected, "dense": rows * o.context * token}
+
+
+def needed(o: Shape, device: torch.device) -> int:
+    """Caches and index of all sets, and what checking one sequence takes; peers look themselves whether they fit."""
+    moved = bytes_moved(o)
+    return sets_needed(moved["unique"], device) * (moved["dense"] + moved["index"]) + checked_bytes(o) + (1 << 26)
+
+
+def checked_bytes(o: Shape) -> int:
+    """Keys and values of one sequence, twice, in the reference's precision."""
+    return int(4 * o.context * heads(o.heads)[1] * o.head_dim * (8 if o.dtype == "fp32" else 4))
+
+
+def measure_shape(o: Shape, ceilings: Ceilings, options: argparse.Namespace) -> dict[str, Any]:
+    device, sequential = ceilings.device, ceilings.sequential
+    step = Step(o, device)
+    moved = step.moved
+    peers = step.dense(options.peers)
+    sides = {"unique": Side([partial(step.unique, i) for i in range(step.count)], moved["unique"], step.check)}
+    for ways in peers.values():
+        for name, way in ways.items():
+            sides[name] = Side([partial(way, i) for i in range(step.count)], moved["dense"], step.check_dense)
+    found = compare(sides, device, rounds=options.repeats, seconds=options.seconds)
+    ours = outcome(found, "unique", moved["unique"], sequential)
+    case: dict[str, Any] = {"sets": step.count, "unique_decode": ours}
+    best = {name: best_of(found, list(ways), moved["dense"], sequential) for name, ways in peers.items()}
+    for name, side in best.items():
+        case[f"{name}_ways"] = side.pop("ways")
+        case[name] = side
+    timed = [name for name, side in best.items() if "median_ms" in side]
+    case["peer"] = min(timed, key=lambda name: best[name]["median_ms"], default=None)
+    case["speedups"] = {name: ratio(best[name], ours) for name in timed}
+    parts = compare(step.parts(), device, rounds=options.repeats, seconds=options.seconds)
+    return {
+        **case,
+        "parts": {name: timing.to_json() for name, timing in parts.timings.items()},
+        "bytes": moved,
+        "bytes_ratio": round(moved["dense"] / moved["unique"], 2),
+        "speedup": case["speedups"].get(case["peer"]),
+        "max_error_against_fp32": step.check(0, step.unique(0)) if "median_ms" in ours else None,
+    }
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    step = Step(options)
-    ceiling = bandwidth(step.device)
-    dense = step.dense()
-    timings = measure({"unique": step.unique, **dense}, step.device, rounds=options.repeats)
-    parts = measure(step.parts(), step.device, rounds=options.repeats)
-    moved = step.bytes_moved()
-    best = min(dense, key=lambda name: timings[name].median)
+    device = torch.device(options.device)
+    result = run_sweep("decode", options, FIELDS, PRESETS, partial(needed, device=device), measure_shape)
+    result["peers"] = _peers.versions(device)
+    if options.preset or len(result["cases"]) > 1:
+        return result
+    only = result.pop("cases")[0]  # a single shape: its fields stand beside the machine's
+    return {**result, **only}
 
-    def row(timing: Timing, size: int) -> dict[str, Any]:
-        floor = size / (ceiling["gb_per_s"] * GB)
-        return {
-            **timing.to_json(),
-            "bytes": size,
-            "gb_per_s": round(size / timing.median / GB, 2),
-            "floor_ms": round(1e3 * floor, 5),
-            "times_floor": round(timing.median / floor, 2),
-        }
 
-    return {
-        "bench": "decode",
-        "options": {
-            name: getattr(options, name)
-            for name in ("batch", "context", "heads", "head_dim", "page_size", "block_size", "budget", "rule", "dtype")
-        },
-        "environment": environment(step.device),
-        "ceiling": ceiling,
-        "unique_decode": row(timings["unique"], moved["unique"]),
-        "sdpa": {"way": best, **row(timings[best], moved["dense"])},
-        "sdpa_ways": {name: timings[name].to_json() for name in dense},
-        "parts": {name: timing.to_json() for name, timing in parts.items()},
-        "bytes": moved,
-        "bytes_ratio": round(moved["dense"] / moved["unique"], 2),
-        "speedup": round(timings[best].median / timings["unique"].median, 2),
-        "max_error_against_fp32": step.check(),
-    }
+def cases(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A result's shapes, also of one that has a single one."""
+    return list(result["cases"]) if "cases" in result else [dict(result)]
 
 
 def report(result: dict[str, Any]) -> str:
-    o, e = result["options"], result["environment"]
-    where = f"{e['cpu']}, {e['threads']} threads" if e["device"] == "cpu" else e["device"]
+    if "cases" not in result:
+        return _report_one(result)
+    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'budget':>8}{'time':>12}{'p10 .. p90':>20}"
+    lines = [*report_head(result), f"{head}{'must read':>12}{'floor':>11}{'of ceiling':>12}{'dense peer':>16}"]
+    for case in result["cases"]:
+        o = case["options"]
+        line = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['budget']:>8}"
+        line += side_line(case, "unique_decode")
+        if case.get("speedup"):
+            line += f"{case[case['peer']]['median_ms']:>13.4f} ms {case['speedup']:>6.2f}x {case['peer']}"
+        lines.append(line)
+    return "\n".join([*lines, "", *_peers.notes(result["peers"])])
+
+
+def _report_one(result: dict[str, Any]) -> str:
+    o = result["options"]
     lines = [
+        *report_head({"chunk_ceilings": {}, **result})[:-1],
         f"one decode step, {o['batch']} x {o['context']} tokens, {o['heads']} heads, D={o['head_dim']}, {o['dtype']}",
-        f"rule {o['rule']}, budget {o['budget']} in pages of {o['page_size']}; {where}; caches cold",
+        f"rule {o['rule']}, budget {o['budget']} in pages of {o['page_size']}",
         "",
-        f"{'':<28}{'median':>12}{'p10 .. p90':>22}{'moved':>11}{'GB/s':>9}{'x floor':>9}",
     ]
-    for name, label in (("unique_decode", "unique_decode"), ("sdpa", f"SDPA ({result['sdpa']['way']})")):
-        r = result[name]
-        spread = f"{r['p10_ms']:.3f} .. {r['p90_ms']:.3f}"
-        lines.append(
-            f"{label:<28}{r['median_ms']:>9.3f} ms{spread:>22}{r['bytes'] / 2**20:>7.1f} MiB{r['gb_per_s']:>9.2f}"
-            f"{r['times_floor']:>9.2f}"
-        )
+    if "skipped" in result:
+        return "\n".join([*lines, f"skipped: {result['skipped']}"])
+    lines.append(f"{'':<34}{'median':>12}{'p10 .. p90':>20}{'moved':>12}{'floor':>11}{'of ceiling':>12}")
+    lines.append(f"{'unique_decode':<34}{side_line(result, 'unique_decode')}")
+    for name, title in _peers.DENSE_PEERS.items():
+        if name in result:
+            way = f" ({result[name]['way']})" if "way" in result[name] else ""
+            lines.append(f"{title + way:<34}{side_line(result, name)}")
     for name, part in result["parts"].items():
-        lines.append(f"  {name:<26}{part['median_ms']:>9.3f} ms")
-    others = [f"{name} {t['median_ms']:.3f} ms" for name, t in result["sdpa_ways"].items()]
-    lines += [
-        "",
-        f"SDPA, every way: {', '.join(others)}",
-        f"bandwidth ceiling {result['ceiling']['gb_per_s']} GB/s ({result['ceiling']['way']}), largest error "
-        f"{result['max_error_against_fp32']:.1e}",
-        f"{result['speedup']:.1f}x faster, {result['bytes_ratio']:.1f}x fewer bytes",
-    ]
-    return "\n".join(lines)
+        lines.append(f"  {name:<32}{part['median_ms']:>9.4f} ms")
+    lines.append("")
+    for name, title in _peers.DENSE_PEERS.items():
+        ways = result.get(f"{name}_ways", {})
+        if ways:
+            timed = [f"{way} {w['median_ms']:.3f} ms" for way, w in ways.items() if "median_ms" in w]
+            lines.append(f"{title}, every way: {', '.join(timed)}")
+            lines += [f"  {way} failed: {w['failed']}" for way, w in ways.items() if "failed" in w]
+    if result["max_error_against_fp32"] is not None:
+        lines.append(f"largest error {result['max_error_against_fp32']:.1e}")
+    if result["speedup"]:
+        lines.append(f"{result['speedup']:.1f}x faster, {result['bytes_ratio']:.1f}x fewer bytes")
+    return "\n".join([*lines, *_peers.notes(result["peers"])])

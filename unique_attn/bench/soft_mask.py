@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unique_attn import ops, train
 from unique_attn.bench._harness import DTYPES, Timing, environment, measure
+from unique_attn.bench._sweep import heads
 
 TRAINING_RULES = [rule for rule in ops.RULES if rule != "minmax"]
 BACKENDS = {"flash_attention": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -75,15 +76,14 @@ class Layer:
     def __init__(self, options: argparse.Namespace, tokens: int) -> None:
         self.o = options
         self.tokens = tokens
-        self.q_heads, self.kv_heads = _heads(options)
+        self.q_heads, self.kv_heads = heads(options.heads)
         device, dtype = torch.device(options.device), DTYPES[options.dtype]
         generator = torch.Generator(device).manual_seed(0)
 
-        def random(heads: int) -> torch.Tensor:
-            return torch.randn(tokens, heads, options.head_dim, generator=generator, device=device, dtype=dtype)
+        def random(count: int) -> torch.Tensor:
+            return torch.randn(tokens, count, options.head_dim, generator=generator, device=device, dtype=dtype)
 
-        heads = (self.q_heads, self.kv_heads, self.kv_heads)
-        self.inputs = [random(n).requires_grad_() for n in heads]
+        self.inputs = [random(n).requires_grad_() for n in (self.q_heads, self.kv_heads, self.kv_heads)]
         self.grad = random(self.q_heads)
         self.cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         self.tau = torch.tensor(options.tau, device=device)
@@ -133,14 +133,6 @@ class Layer:
         with torch.no_grad():
             difference = self.masked("dense").transpose(0, 1)[None] - self.sdpa(BACKENDS["flash_attention"])
         return float(difference.abs().max())
-
-
-def _heads(options: argparse.Namespace) -> tuple[int, int]:
-    try:
-        q_heads, kv_heads = (int(n) for n in options.heads.split("/"))
-    except ValueError:
-        raise SystemExit(f"error: --heads: expected QUERY/KV such as 32/8, got {options.heads!r}") from None
-    return q_heads, kv_heads
 
 
 def flops(tokens: int, q_heads: int, head_dim: int) -> dict[str, float]:
@@ -196,7 +188,7 @@ def measure_length(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    _heads(options)
+    heads(options.heads)
     if options.budget % options.page_size:
         raise SystemExit(
             f"error: --budget: expected a multiple of the page size {options.page_size}, got {options.budget}"

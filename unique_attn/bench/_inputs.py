@@ -1,0 +1,85 @@
+"""Random inputs: paged caches in shuffled blocks, an index of random keys, random selections."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from unique_attn import ops
+from unique_attn.bench._harness import DTYPES
+from unique_attn.bench._sweep import heads
+
+
+class Random:
+    """Seeded tensors on one device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device, dtype=self.dtype)
+
+    def permutation(self, n: int) -> torch.Tensor:
+        return torch.randperm(n, generator=self.generator, device=self.device)
+
+    def table(self, batch: int, blocks: int) -> torch.Tensor:
+        """Block table of ``batch`` sequences with ``blocks`` blocks each, in shuffled physical order."""
+        return self.permutation(batch * blocks).view(batch, blocks).to(torch.int32)
+
+    def pages(self, shape: Sequence[int], visible: int, k: int) -> torch.Tensor:
+        """``[*shape, k]`` distinct pages below ``visible``, ascending; every set is as likely as any other."""
+        rows = 1
+        for n in shape:
+            rows *= n
+        chosen = []
+        for part in range(0, rows, max(1, (1 << 24) // visible)):
+            count = min(rows - part, max(1, (1 << 24) // visible))
+            keys = torch.rand(count, visible, generator=self.generator, device=self.device)
+            chosen.append(keys.topk(k, dim=-1, sorted=False).indices)
+        return torch.cat(chosen).sort(-1).values.to(torch.int32).view(*shape, k)
+
+
+class Shaped:
+    """What the flags of a shape say, in numbers."""
+
+    def __init__(self, o: argparse.Namespace, device: torch.device) -> None:
+        self.o = o
+        self.device = device
+        self.dtype = DTYPES[o.dtype]
+        self.q_heads, self.kv_heads = heads(o.heads)
+        self.group = self.q_heads // self.kv_heads
+        self.random = Random(device, self.dtype)
+
+    @property
+    def entry_bytes(self) -> int:
+        return ops.index_entry_bytes(self.o.rule, self.o.head_dim, self.dtype)
+
+    def lens(self, n: int) -> torch.Tensor:
+        return torch.full((self.o.batch,), n, dtype=torch.int32, device=self.device)
+
+    def caches(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (blocks, self.kv_heads, self.o.block_size, self.o.head_dim)
+        return self.random.normal(*shape), self.random.normal(*shape)
+
+    def index(self, k_cache: torch.Tensor, table: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The index of ``tokens`` tokens of each sequence of ``table``."""
+        o = self.o
+        index = ops.new_index(k_cache, rule=o.rule, page_size=o.page_size)
+        ends = torch.full((len(table),), tokens, dtype=torch.int32, device=self.device)
+        ops.page_index(
+            k_cache, index, table, torch.zeros_like(ends), ends,
+            max_new_tokens=tokens, rule=o.rule, page_size=o.page_size,
+        )  # fmt: skip
+        return index
+
+    def random_index(self, blocks: int, distinct: int = 256) -> torch.Tensor:
+        """An index of ``blocks`` blocks without their keys: entries of ``distinct`` blocks of random keys, drawn."""
+        count, block = min(distinct, blocks), self.o.block_size
+        keys = self.random.normal(count, self.kv_heads, block, self.o.head_dim)
+        table = torch.arange(count, dtype=torch.int32, device=self.device)[None]
+        some = self.index(keys, table, count * block)
+        drawn = torch.randint(len(some), (blocks,), generator=self.random.generator, device=self.device)
+        return some[drawn]
