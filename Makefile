@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?= --help
+BENCH_ARGS ?= all
 PY_SOURCES := .
 CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
@@ -22,7 +22,7 @@ help:
 	@echo "make test               the tests"
 	@echo "make test-transformers  the Hugging Face tests on the oldest and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
-	@echo "make bench BENCH_ARGS='decode ...'"
+	@echo "make bench              what this machine can write of benchmarks/results (BENCH_ARGS='decode ...' for one)"
 	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
 	@echo "make lint | format      linters | formatters"
 	@echo "make cuda-compile       compile every CUDA source"

@@ -76,16 +76,17 @@ def sweep() -> dict[str, Any]:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
     readme = tmp_path / "README.md"
-    training = f"{report.TRAINING_BEGIN}old\n{report.TRAINING_END}"
-    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}between\n{training}after\n")
     results = report.load(ROOT / "benchmarks" / "results")
+    blocks = report.blocks(results)
+
+    def text(block: dict[str, str]) -> str:
+        return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
+
+    readme.write_text(text(dict.fromkeys(blocks, "old\n")))
     assert report.main(["--readme", str(readme)]) == 0
-    blocks = (report.render(results), report.training(results))
-    expected = f"before\n{report.BEGIN}{blocks[0]}{report.END}between\n"
-    expected += f"{report.TRAINING_BEGIN}{blocks[1]}{report.TRAINING_END}after\n"
-    assert readme.read_text() == expected
+    assert readme.read_text() == text(blocks)
     assert report.main(["--print"]) == 0
-    assert capsys.readouterr().out == "\n".join(block for block in blocks if block)
+    assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
     readme.write_text("no markers")
     assert report.main(["--readme", str(readme)]) == 1
     assert "expected the lines" in capsys.readouterr().err

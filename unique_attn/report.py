@@ -1,13 +1,16 @@
-"""Render the README's tables of numbers, and the pictures of training, from the committed benchmark results."""
+"""Render the README's tables of numbers and pictures from the committed benchmark results."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from unique_attn.bench import _charts, _tables
+from unique_attn.bench._tables import table as _table
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
 TRAINING_BEGIN, TRAINING_END = "<!-- training results -->\n", "<!-- /training results -->\n"
@@ -29,13 +32,8 @@ def _machine(environment: dict[str, Any]) -> str:
     return str(environment["device"])
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def decode_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row a result of ``bench decode``."""
+    """One row a shape of ``bench decode`` against SDPA."""
     rows = []
     for r in results:
         o, ours, dense = r["options"], r["unique_decode"], r["sdpa"]
@@ -78,7 +76,13 @@ def _each(sides: Sequence[dict[str, Any]], key: str, form: str) -> list[str]:
 def render(results: Sequence[dict[str, Any]]) -> str:
     """The block between the two markers of the README."""
     demos = [r for r in results if r["bench"] == "demo"]
-    decodes = [r for r in results if r["bench"] == "decode"]
+    decodes = [
+        case
+        for r in results
+        if r["bench"] == "decode" and r["environment"]["device"] == "cpu"
+        for case in _tables.cases_of(r)
+        if "median_ms" in case.get("sdpa", {}) and "median_ms" in case["unique_decode"]
+    ]
     parts = [demo_table(result) for result in demos]
     if decodes:
         parts.append(
@@ -223,17 +227,27 @@ def replace_block(text: str, block: str, opening: str = BEGIN, closing: str = EN
     return f"{before}{opening}{block}{closing}{after}"
 
 
+def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What goes between which markers of the README."""
+    return {"results": render(results), "training results": training(results), **_tables.blocks(results)}
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines around a block."""
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+
+
 def rewrite(text: str, results: Sequence[dict[str, Any]]) -> str:
     """The README ``text`` with the tables of ``results``.
 
     Raises:
-        ValueError: the markers are missing; those of training only if there is something to put there.
+        ValueError: the markers are missing; other ones than the first only if there is something to put there.
     """
-    text = replace_block(text, render(results))
-    block = training(results)
-    if not block and TRAINING_BEGIN not in text:
-        return text
-    return replace_block(text, block, TRAINING_BEGIN, TRAINING_END)
+    for name, block in blocks(results).items():
+        opening, closing = markers(name)
+        if block or opening in text or opening == BEGIN:
+            text = replace_block(text, block, opening, closing)
+    return text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -247,11 +261,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         results = load(options.results)
         if options.print:
-            print("\n".join(filter(None, (render(results), training(results)))), end="")
+            print("\n".join(filter(None, blocks(results).values())), end="")
         else:
             old = options.readme.read_text("utf-8")
             options.readme.write_text(rewrite(old, results), "utf-8")
-            draw(results, options.readme.parent / FIGURES)
+            folder = options.readme.parent / FIGURES
+            draw(results, folder)
+            _charts.draw(results, folder)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

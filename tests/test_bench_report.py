@@ -1,0 +1,112 @@
+"""Results of sweeps become the README's tables and pictures; only those of GPUs, of which the tests make some up by
+renaming the device of small CPU runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unique_attn import report
+from unique_attn.__main__ import main
+from unique_attn.bench import _ceiling, _charts, _harness, _tables
+
+SHAPE = ["--heads", "4/2", "--dtype", "fp32", "--device", "cpu", "--repeats", "1", "--threads", "1"]
+RUNS = {
+    "decode": ["--batch", "1", "2", "--context", "1024", "2048", "--head-dim", "128", "--budget", "64"],
+    "scores": ["--batch", "1", "2", "--context", "1024", "32768", "--head-dim", "128"],
+    "attention": ["--context", "1024", "--head-dim", "64", "--page-size", "4", "8", "--budget", "64"],
+    "index": ["--context", "1024", "--new", "0", "3", "--head-dim", "64"],
+    "topk": ["--rows", "4", "--pages", "1024", "2048", "--values", "random", "two"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A sweep of every benchmark, as if it were of an H100."""
+    folder, found = tmp_path_factory.mktemp("results"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_harness.ColdCache, "flush", lambda self: None)
+        patch.setattr(_ceiling, "SIZES", {"cpu": 1 << 20})
+        threads = torch.get_num_threads()
+        for name, flags in RUNS.items():
+            path = folder / f"{name}.json"
+            shape = SHAPE if name != "topk" else SHAPE[2:]
+            assert main(["bench", name, *flags, *shape, "--out", str(path)]) == 0
+            result = json.loads(path.read_text())
+            result["environment"] |= {"device": "NVIDIA H100 80GB HBM3", "driver": "580.1"}
+            found[name] = result
+        torch.set_num_threads(threads)
+    return found
+
+
+def test_no_gpu_results_no_blocks(results: dict[str, dict[str, Any]]):
+    assert set(_tables.blocks([]).values()) == {""}
+    cpu = [{**result, "environment": {**result["environment"], "device": "cpu"}} for result in results.values()]
+    assert set(_tables.blocks(cpu).values()) == {""}
+    assert _charts.figures(cpu) == {}
+
+
+def test_tables(results: dict[str, dict[str, Any]]):
+    blocks = _tables.blocks(list(results.values()))
+    assert all("NVIDIA H100 80GB HBM3 (driver 580.1" in block for block in blocks.values())
+    case = results["decode"]["cases"][-1]
+    assert case["options"]["batch"] == 2
+    cell = f"{_tables.share(case['unique_decode'])}, **{case['speedup']:.1f}x**"
+    line = next(line for line in blocks["decode results gpu"].splitlines() if line.startswith("| 128 | 8 | 2 |"))
+    assert line.endswith(f"| {cell} |")
+    assert "| D | S | batch | 1K | 2K |" in blocks["decode results gpu"]
+    assert "| batch | 1K | 32K |" in blocks["scores results"]
+    assert "| batch | D | query tokens | S=4 | S=8 |" in blocks["attention results"]
+    assert "| 1 | 1K | all | directional |" in blocks["index results"]
+    top = results["topk"]["cases"][1]
+    row = next(line for line in blocks["topk results"].splitlines() if line.startswith("| 4 x 1K | two |"))
+    assert f"| **{top['peers']['torch']['ratio']:.2f}x** |" in row
+    assert "FlashInfer" not in blocks["topk results"]  # absent: no column
+
+
+def test_cases_that_were_not_timed_have_no_cell(results: dict[str, dict[str, Any]]):
+    result = results["decode"]
+    cases = [{"options": case["options"], "skipped": "needs 9 GiB"} for case in result["cases"][:1]]
+    block = _tables.blocks([{**result, "cases": cases + result["cases"][1:]}])["decode results gpu"]
+    assert re.search(r"\| 128 \| 8 \| 1 \| - \| \d", block)
+    assert _tables.blocks([{**result, "cases": cases}])["decode results gpu"] == ""
+
+
+def test_numbers():
+    assert [_tables.ms(x) for x in (0.01234, 0.5, 1.0, 12.345)] == ["12.3 µs", "500 µs", "1 ms", "12.3 ms"]
+    assert [_tables.tokens(n) for n in (8, 1000, 1024, 131072)] == ["8", "1000", "1K", "128K"]
+
+
+def test_pictures_and_readme(results: dict[str, dict[str, Any]], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    argv = ["report", "--results", str(folder), "--readme", str(readme)]
+    readme.write_text(f"{report.BEGIN}{report.END}")
+    assert main(argv) == 1  # nowhere to put them
+    markers = [report.markers(name) for name in report.blocks([])]
+    readme.write_text("".join(f"{opening}{closing}" for opening, closing in markers))
+    assert main(argv) == 0
+    text = readme.read_text()
+    pictures = re.findall(r"\]\((docs/[^)]+)\)", text)
+    assert pictures == [f"docs/{name}_h100.png" for name in ("decode_speed", "batch1_latency", "roofline")]
+    assert all((tmp_path / each).read_bytes().startswith(b"\x89PNG") for each in pictures)
+    figures = _charts.figures(list(results.values()))
+    speed = figures["decode_speed_h100.png"].data
+    assert speed["lengths"] == [1024, 2048]
+    assert speed["lines"]["batch 1"] == [case["speedup"] for case in results["decode"]["cases"][:2]]
+    assert set(figures["batch1_latency_h100.png"].data["lines"]) == {
+        "unique_decode",
+        "floor of its bytes",
+        "SDPA, dense",
+    }
+    points = figures["roofline_h100.png"].data["points"]
+    assert set(points) == {"unique_decode", "SDPA, dense", "page_scores", "sparse_decode", "page_index"}
+    assert len(points["page_scores"]) == 4

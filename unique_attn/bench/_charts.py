@@ -1,0 +1,179 @@
+"""Charts of results on GPUs: speed against context, latency of one sequence, time beside the floor of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unique_attn.bench._machine import slug
+
+Result = Mapping[str, Any]
+BASE = {"head_dim": 128, "page_size": 8}  # of the charts over contexts
+PEERS = {"flashinfer": "FlashInfer, dense", "sdpa": "SDPA, dense"}
+OPS = {"scores": ("page_scores", "ours"), "attention": ("sparse_decode", "ours"), "index": ("page_index", "ours")}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture: what it shows of which device, and its numbers."""
+
+    name: str
+    title: str
+    device: str
+    subtitle: str
+    data: Mapping[str, Any]
+
+
+def figures(results: Sequence[Result]) -> dict[str, Figure]:
+    """Every chart that the results allow, by file name."""
+    found: dict[str, Figure] = {}
+    sweeps = [r for r in results if r["bench"] in ("decode", *OPS) and "cases" in r]
+    for device in dict.fromkeys(r["environment"]["device"] for r in sweeps):
+        if device == "cpu":
+            continue
+        mine = [r for r in sweeps if r["environment"]["device"] == device]
+        for figure in (_speed(mine, device), _latency(mine, device), _roofline(mine, device)):
+            if figure is not None:
+                found[f"{figure.name}_{slug(device)}.png"] = figure
+    return found
+
+
+def _decode_cases(results: Sequence[Result]) -> list[Mapping[str, Any]]:
+    """Timed shapes of ``bench decode`` with the page size and head dim of the charts."""
+    return [
+        case
+        for result in results
+        if result["bench"] == "decode"
+        for case in result["cases"]
+        if "median_ms" in case.get("unique_decode", {}) and BASE.items() <= case["options"].items()
+    ]
+
+
+def _over_contexts(lines: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | None:
+    """Lines over all contexts, with gaps where one was not measured; None with fewer than two contexts."""
+    lengths = sorted({length for line in lines.values() for length in line})
+    if len(lengths) < 2:
+        return None
+    return {"lengths": lengths, "lines": {k: [line.get(n, math.nan) for n in lengths] for k, line in lines.items()}}
+
+
+def _options(cases: Sequence[Mapping[str, Any]]) -> str:
+    o = cases[0]["options"]
+    return f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {o['rule']}, {o['budget']} tokens, S={o['page_size']}"
+
+
+def _speed(results: Sequence[Result], device: str) -> Figure | None:
+    cases = [case for case in _decode_cases(results) if case.get("speedup")]
+    lines: dict[str, dict[int, float]] = {}
+    for case in cases:
+        line = lines.setdefault(f"batch {case['options']['batch']}", {})
+        line[case["options"]["context"]] = case["speedup"]
+    data = _over_contexts(lines)
+    if data is None:
+        return None
+    return Figure("decode_speed", "Times faster than dense attention", device, f"{device}; {_options(cases)}", data)
+
+
+def _latency(results: Sequence[Result], device: str) -> Figure | None:
+    cases = [case for case in _decode_cases(results) if case["options"]["batch"] == 1]
+    lines: dict[str, dict[int, float]] = {}
+    for case in cases:
+        context, ours = case["options"]["context"], case["unique_decode"]
+        values = {"unique_decode": ours["median_ms"], "floor of its bytes": ours["floor_ms"]}
+        values |= {PEERS[name]: case[name]["median_ms"] for name in PEERS if "median_ms" in case.get(name, {})}
+        for name, value in values.items():
+            lines.setdefault(name, {})[context] = 1e3 * value
+    data = _over_contexts(lines)
+    if data is None:
+        return None
+    return Figure("batch1_latency", "Decode step of one sequence", device, f"{device}; {_options(cases)}", data)
+
+
+def _roofline(results: Sequence[Result], device: str) -> Figure | None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    ceilings = []
+    for result in results:
+        sides = {"unique_decode": "unique_decode", **PEERS} if result["bench"] == "decode" else {}
+        if result["bench"] in OPS:
+            title, side = OPS[result["bench"]]
+            sides = {side: title}
+        for case in result["cases"]:
+            for side, title in sides.items():
+                if "median_ms" in case.get(side, {}):
+                    row = case[side]
+                    points.setdefault(title, []).append((row["bytes"] / 2**20, 1e3 * row["median_ms"]))
+        if sides:
+            ceilings.append(result["ceiling"]["gb_per_s"])
+    if not points:
+        return None
+    data = {"points": points, "gb_per_s": max(ceilings)}
+    return Figure("roofline", "Time beside the floor of bytes", device, f"{device}; every measured shape", data)
+
+
+# ---- Drawing. ----
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Write every chart into ``folder``.
+
+    Raises:
+        ImportError: there is something to draw, but no matplotlib.
+    """
+    return [_draw(figure, folder / file) for file, figure in figures(results).items()]
+
+
+def _draw(figure: Figure, path: Path) -> Path:
+    from unique_attn import viz
+
+    shown: dict[str, Any] = {"title": figure.title, "subtitle": figure.subtitle}
+    if figure.name == "roofline":
+        return plot_roofline(figure.data["points"], figure.data["gb_per_s"], path, **shown)
+    speed = figure.name == "decode_speed"
+    ylabel = "times faster than the fastest dense peer" if speed else "µs, medians with cold caches"
+    lengths, lines = figure.data["lengths"], figure.data["lines"]
+    return viz.plot_lengths(lengths, lines, path, ylabel=ylabel, logarithmic=True, **shown)
+
+
+def plot_roofline(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    gb_per_s: float,
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+) -> Path:
+    """Draw measured times over bytes, both logarithmic, and the line of the bandwidth that no point can be below.
+
+    Args:
+        points: MiB and µs of every measurement, by name.
+        gb_per_s: the bandwidth.
+        path: file to write.
+        title, subtitle: above the picture.
+
+    Returns:
+        ``path``.
+    """
+    from unique_attn import viz
+
+    plt = viz._pyplot()
+    figure = plt.figure(figsize=(8.4, 4.8), facecolor=viz.PAPER)
+    ax = figure.add_axes((0.09, 0.12, 0.66, 0.68))
+    sizes = [size for values in points.values() for size, _ in values]
+    ends = [min(sizes) / 1.5, max(sizes) * 1.5]
+    floor = [size * 2**20 / gb_per_s / 1e3 for size in ends]
+    ax.plot(ends, floor, color=viz.ACCENT, linewidth=1.5, label=f"{gb_per_s / 1e3:.2f} TB/s, measured")
+    for i, (name, values) in enumerate(points.items()):
+        ax.plot(*zip(*values), "o", color=viz.HEADS[i % len(viz.HEADS)], markersize=4, alpha=0.8, label=name)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.grid(color=viz.GRID, linewidth=0.7)
+    viz._style(ax)
+    ax.set_xlabel("MiB that must be moved", fontsize=9, color=viz.INK)
+    ax.set_ylabel("µs", fontsize=9, color=viz.INK)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=viz.INK)
+    figure.text(0.09, 0.95, title, fontsize=15, color=viz.INK, weight="bold", va="top")
+    figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=viz.MUTED, va="top")
+    return viz._save(plt, figure, path)
