@@ -351,3 +351,11 @@ def test_files_name_themselves(tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["decode-cpu-fp32.json"]
     slugs = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "cpu": "cpu"}
     assert {name: _machine.slug(name) for name in slugs} == slugs
+
+
+def test_from_python():
+    result = bench.run("topk", rows=[2, 3], pages=128, k=8, device="cpu", repeats=1)
+    assert [case["options"]["rows"] for case in result["cases"]] == [2, 3]
+    assert result["peers"]["torch"] == torch.__version__
+    with pytest.raises(SystemExit):
+        bench.run("topk", colour="red")

@@ -72,6 +72,34 @@ def committed(device: str) -> list[list[str]]:
     return found
 
 
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.repeats < 1:
+        raise SystemExit(f"error: --repeats: expected at least 1, got {options.repeats}")
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = options.module.run(options)
+    return result
+
+
+def run(name: str, **flags: Any) -> dict[str, Any]:
+    """Run a benchmark and return what its JSON would hold.
+
+    Args:
+        name: one of :func:`names`.
+        flags: its command line's, ``head_dim=[64, 128]`` for ``--head-dim 64 128``.
+
+    Raises:
+        SystemExit: a flag that does not exist, or a value that it does not take.
+    """
+    argv = [name]
+    for flag, value in flags.items():
+        argv += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return _run(parser().parse_args(argv))
+
+
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     if options.bench == "all":
@@ -79,13 +107,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"==== bench {' '.join(command)} ====", flush=True)
             main([*command, "--device", options.device, "--results", options.results])
         return 0
-    if options.repeats < 1:
-        raise SystemExit(f"error: --repeats: expected at least 1, got {options.repeats}")
-    if torch.device(options.device).type == "cuda":
-        torch.cuda.set_device(torch.device(options.device).index or 0)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    result: dict[str, Any] = options.module.run(options)
+    result = _run(options)
     print(options.module.report(result))
     targets = [options.out] if options.out else []
     if options.results:

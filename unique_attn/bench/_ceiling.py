@@ -7,6 +7,7 @@ checked. Otherwise, and beside them, the fastest of what plain PyTorch offers co
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -153,10 +154,15 @@ def _chunk_ways(source: torch.Tensor, chunk: int) -> dict[str, Side]:
     return {**ways, **_kernel_ways("read_chunks", chunks, order, size)}
 
 
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    return torch.cuda._compile_kernel(KERNELS, name)
+
+
 def _kernel_ways(name: str, source: torch.Tensor, order: torch.Tensor | None, size: int) -> dict[str, Side]:
     """Our kernels with several grid sizes; none where PyTorch cannot compile them."""
     try:
-        kernel = torch.cuda._compile_kernel(KERNELS, name)
+        kernel = _kernel(name)
     except Exception as error:  # whatever a private function of another version does
         print(f"bandwidth: left out {name}: {str(error)[:300]}", file=sys.stderr)
         return {}

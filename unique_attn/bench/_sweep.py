@@ -123,8 +123,10 @@ def run_sweep(
     """
     device = torch.device(options.device)
     ceilings = Ceilings(device)
+    wanted = shapes(options, names, presets)
+    sequential = ceilings.sequential  # while memory is empty
     cases: list[dict[str, Any]] = []
-    for shape in shapes(options, names, presets):
+    for shape in wanted:
         size, free = needed(shape), free_bytes(device)
         if options.memory:
             free = min(free, int(options.memory * 2**30))
@@ -146,7 +148,7 @@ def run_sweep(
         "bench": name,
         "preset": options.preset,
         "environment": environment(device),
-        "ceiling": ceilings.sequential,
+        "ceiling": sequential,
         "chunk_ceilings": ceilings.measured_chunks(),
         "cases": cases,
     }
