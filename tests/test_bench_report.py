@@ -77,6 +77,18 @@ def test_cases_that_were_not_timed_have_no_cell(results: dict[str, dict[str, Any
     assert _tables.blocks([{**result, "cases": cases}])["decode results gpu"] == ""
 
 
+def test_a_second_storage_of_the_index_has_its_own_lines(results: dict[str, dict[str, Any]]):
+    result = results["decode"]
+    small = [{**case, "options": {**case["options"], "index_format": "small"}} for case in result["cases"]]
+    both = {**result, "cases": result["cases"] + small}
+    block = _tables.blocks([both])["decode results gpu"]
+    assert "| index | D | S | batch | 1K | 2K |" in block
+    assert "| exact | 128 | 8 | 1 |" in block
+    assert "| small | 128 | 8 | 1 |" in block
+    lines = _charts.figures([both])["decode_speed_h100.png"].data["lines"]
+    assert set(lines) == {"batch 1", "batch 2", "batch 1, small", "batch 2, small"}
+
+
 def test_numbers():
     assert [_tables.ms(x) for x in (0.01234, 0.5, 1.0, 12.345)] == ["12.3 µs", "500 µs", "1 ms", "12.3 ms"]
     assert [_tables.tokens(n) for n in (8, 1000, 1024, 131072)] == ["8", "1000", "1K", "128K"]

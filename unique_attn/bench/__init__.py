@@ -57,9 +57,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def file_name(result: dict[str, Any], options: argparse.Namespace) -> str:
-    """``<bench>-<device>-<preset or dtype>.json``"""
+    """``<bench>-<device>-<preset or dtype>.json``, with the storage of the index if that is not the default one."""
     variant = getattr(options, "preset", None) or getattr(options, "dtype", [])
     words = [variant] if isinstance(variant, str) else list(variant)
+    storage = list(getattr(options, "index_format", ["exact"]))
+    words += storage if storage != ["exact"] else []
     return "-".join([result["bench"], slug(result["environment"]["device"]), *words]) + ".json"
 
 

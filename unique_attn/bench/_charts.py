@@ -65,11 +65,16 @@ def _options(cases: Sequence[Mapping[str, Any]]) -> str:
     return f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {o['rule']}, {o['budget']} tokens, S={o['page_size']}"
 
 
+def _storage(case: Mapping[str, Any]) -> str:
+    storage = case["options"].get("index_format", "exact")
+    return "" if storage == "exact" else f", {storage}"
+
+
 def _speed(results: Sequence[Result], device: str) -> Figure | None:
     cases = [case for case in _decode_cases(results) if case.get("speedup")]
     lines: dict[str, dict[int, float]] = {}
     for case in cases:
-        line = lines.setdefault(f"batch {case['options']['batch']}", {})
+        line = lines.setdefault(f"batch {case['options']['batch']}{_storage(case)}", {})
         line[case["options"]["context"]] = case["speedup"]
     data = _over_contexts(lines)
     if data is None:
@@ -82,7 +87,8 @@ def _latency(results: Sequence[Result], device: str) -> Figure | None:
     lines: dict[str, dict[int, float]] = {}
     for case in cases:
         context, ours = case["options"]["context"], case["unique_decode"]
-        values = {"unique_decode": ours["median_ms"], "floor of its bytes": ours["floor_ms"]}
+        of = _storage(case)
+        values = {f"unique_decode{of}": ours["median_ms"], f"floor of its bytes{of}": ours["floor_ms"]}
         values |= {PEERS[name]: case[name]["median_ms"] for name in PEERS if "median_ms" in case.get(name, {})}
         for name, value in values.items():
             lines.setdefault(name, {})[context] = 1e3 * value

@@ -5,6 +5,9 @@ Checks raise AssertionError with what is wrong. ``TOLERANCE`` is a relative erro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from unique_attn import reference
@@ -39,18 +42,14 @@ def scores(
     index: torch.Tensor,
     table: torch.Tensor,
     lens: torch.Tensor,
-    *,
-    rule: str,
-    page_size: int,
+    scoring: Mapping[str, Any],
 ) -> None:
-    """``found`` are the scores of ``page_scores``."""
+    """``found`` are the scores of ``page_scores``, called with the keywords ``scoring``."""
     assert not found.isnan().any(), "scores: NaN, or values were not written"
     for b in some(len(q)):
         one = slice(b, b + 1)
-        expected = reference.page_scores(
-            q[one], index, table[one], lens[one],
-            rule=rule, page_size=page_size, compute_dtype=compute_dtype(q.dtype),
-        )  # fmt: skip
+        precision: dict[str, Any] = {"compute_dtype": compute_dtype(q.dtype)}
+        expected = reference.page_scores(q[one], index, table[one], lens[one], **scoring, **precision)
         close("scores", found[one], expected, TOLERANCE[q.dtype])
 
 
@@ -106,21 +105,17 @@ def selection(
     index: torch.Tensor,
     table: torch.Tensor,
     lens: torch.Tensor,
-    *,
-    rule: str,
-    page_size: int,
+    scoring: Mapping[str, Any],
 ) -> None:
     """``pages`` ``[B, T, H, k]`` are the best ones within the rounding of scores; first and own page are there."""
     ulp = 2.0**-8 if q.dtype in (torch.bfloat16, torch.float16) else 1e-5
     assert ((pages[..., 1:] > pages[..., :-1]) | (pages[..., 1:] == -1)).all(), "pages: not ascending, or not written"
     for b in some(len(q)):
         one = slice(b, b + 1)
-        values = reference.page_scores(
-            q[one], index, table[one], lens[one],
-            rule=rule, page_size=page_size, compute_dtype=compute_dtype(q.dtype), rounded=False,
-        )  # fmt: skip
+        precision: dict[str, Any] = {"compute_dtype": compute_dtype(q.dtype), "rounded": False}
+        values = reference.page_scores(q[one], index, table[one], lens[one], **scoring, **precision)
         assert pages[one].max() < values.shape[-1], "pages: out of range"
-        own = (lens[b] - q.shape[1] + torch.arange(q.shape[1], device=q.device)) // page_size
+        own = (lens[b] - q.shape[1] + torch.arange(q.shape[1], device=q.device)) // scoring["page_size"]
         chosen = torch.zeros(values.shape, dtype=torch.int32, device=q.device)
         valid = pages[one] >= 0
         chosen.scatter_add_(-1, pages[one].clamp(min=0).long(), valid.int())

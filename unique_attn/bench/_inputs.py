@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -42,6 +43,21 @@ class Random:
         return torch.cat(chosen).sort(-1).values.to(torch.int32).view(*shape, k)
 
 
+def storage(o: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that say how the index of a shape is stored; nothing for the only way there may be."""
+    return {} if o.index_format == "exact" else {"index_format": o.index_format}
+
+
+def scoring(o: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of every op that has to do with a shape's index."""
+    return {"rule": o.rule, "page_size": o.page_size, **storage(o)}
+
+
+def entry_bytes(o: argparse.Namespace) -> int:
+    """One page and one KV head in the index of a shape."""
+    return ops.index_entry_bytes(o.rule, o.head_dim, DTYPES[o.dtype], **storage(o))
+
+
 class Shaped:
     """What the flags of a shape say, in numbers."""
 
@@ -53,10 +69,6 @@ class Shaped:
         self.group = self.q_heads // self.kv_heads
         self.random = Random(device, self.dtype)
 
-    @property
-    def entry_bytes(self) -> int:
-        return ops.index_entry_bytes(self.o.rule, self.o.head_dim, self.dtype)
-
     def lens(self, n: int) -> torch.Tensor:
         return torch.full((self.o.batch,), n, dtype=torch.int32, device=self.device)
 
@@ -66,13 +78,10 @@ class Shaped:
 
     def index(self, k_cache: torch.Tensor, table: torch.Tensor, tokens: int) -> torch.Tensor:
         """The index of ``tokens`` tokens of each sequence of ``table``."""
-        o = self.o
-        index = ops.new_index(k_cache, rule=o.rule, page_size=o.page_size)
+        index = ops.new_index(k_cache, **scoring(self.o))
         ends = torch.full((len(table),), tokens, dtype=torch.int32, device=self.device)
-        ops.page_index(
-            k_cache, index, table, torch.zeros_like(ends), ends,
-            max_new_tokens=tokens, rule=o.rule, page_size=o.page_size,
-        )  # fmt: skip
+        starts = torch.zeros_like(ends)
+        ops.page_index(k_cache, index, table, starts, ends, max_new_tokens=tokens, **scoring(self.o))
         return index
 
     def random_index(self, blocks: int, distinct: int = 256) -> torch.Tensor:

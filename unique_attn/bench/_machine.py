@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
@@ -67,6 +68,7 @@ def cache_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated, as far as the system says."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
     try:

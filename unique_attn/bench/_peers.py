@@ -89,8 +89,10 @@ def topk_ways(scores: Sequence[torch.Tensor], k: int) -> dict[str, TopK]:
 
     ways["flashinfer_top_k"] = selected
     ways["flashinfer_top_k_lowest_ties"] = partial(selected, deterministic=True, tie_break=1)
+    ways["flashinfer_top_k_graph_safe"] = partial(selected, dsa_graph_safe=True)
     ways["flashinfer_page_table"] = transformed
     ways["flashinfer_page_table_lowest_ties"] = partial(transformed, deterministic=True, tie_break=1)
+    ways["flashinfer_page_table_graph_safe"] = partial(transformed, dsa_graph_safe=True)
     return ways
 
 

@@ -22,6 +22,7 @@ from unique_attn.bench._machine import free_bytes, gib
 
 Grid = Mapping[str, Sequence[Any]]
 Shape = argparse.Namespace
+FORMATS = list(getattr(ops, "INDEX_FORMATS", ["exact"]))
 MAY_BE_ZERO = ("new", "sink_pages", "recent_pages")
 
 
@@ -42,6 +43,7 @@ def add_shape_flags(
         "block_size": {"type": int, "default": [64], "help": "tokens per physical block"},
         "budget": {"type": int, "default": [512], "help": "tokens that a KV head reads"},
         "rule": {"default": ["directional"], "choices": list(ops.RULES)},
+        "index_format": {"default": ["exact"], "choices": FORMATS, "help": "storage of the index"},
         "dtype": {"default": ["bf16"], "choices": list(DTYPES)},
     }
     for name in names:
@@ -127,23 +129,24 @@ def run_sweep(
     sequential = ceilings.sequential  # while memory is empty
     cases: list[dict[str, Any]] = []
     for shape in wanted:
-        size, free = needed(shape), free_bytes(device)
+        free = free_bytes(device)
         if options.memory:
             free = min(free, int(options.memory * 2**30))
-        if size > free:
-            found = {"skipped": f"needs {gib(size)}, {gib(free)} are free"}
-        else:
-            try:
+        try:
+            size = needed(shape)
+            if size <= free:
                 found = measure_shape(shape, ceilings, options)
-            except torch.OutOfMemoryError as error:
-                found = {"skipped": f"out of memory: {str(error)[:120]}"}
+            else:
+                found = {"skipped": f"needs {gib(size)}, {gib(free)} are free"}
+        except torch.OutOfMemoryError as error:
+            found = {"skipped": f"out of memory: {str(error)[:120]}"}
+        except ValueError as error:  # an op has no such shape
+            found = {"skipped": str(error)[:200]}
         if "skipped" in found:
             print(f"skipped {label(shape)}: {found['skipped']}", file=sys.stderr)
         else:
             print(f"measured {label(shape)}", file=sys.stderr)
         cases.append({"options": vars(shape), **found})
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return {
         "bench": name,
         "preset": options.preset,

@@ -12,7 +12,14 @@ Case = Mapping[str, Any]
 Cell = Callable[[Case], str]
 
 PEERS = {"flashinfer": "FlashInfer", "sdpa": "SDPA", "torch": "`torch.topk`"}
-LABELS = {"batch": "batch", "context": "context", "head_dim": "D", "page_size": "S", "tokens": "query tokens"}
+LABELS = {
+    "batch": "batch",
+    "context": "context",
+    "head_dim": "D",
+    "page_size": "S",
+    "tokens": "query tokens",
+    "index_format": "index",
+}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -44,7 +51,9 @@ def share(side: Mapping[str, Any]) -> str:
 
 
 def pivot(cases: Sequence[Case], rows: Sequence[str], column: str, cell: Cell) -> str:
-    """A table with a line for each combination of the options ``rows`` and a column for each value of ``column``."""
+    """A table with a line for each combination of the options ``rows``, and of the storage of the index if one is not
+    exact, and a column for each value of ``column``."""
+    rows = _with_storage(cases, rows)
     columns = list(dict.fromkeys(case["options"][column] for case in cases))
     if all(isinstance(value, int) for value in columns):
         columns.sort()
@@ -55,6 +64,11 @@ def pivot(cases: Sequence[Case], rows: Sequence[str], column: str, cell: Cell) -
     head = [LABELS.get(name, name) for name in rows]
     head += [value if isinstance(value, str) else f"{_prefix(column)}{tokens(value)}" for value in columns]
     return table(head, [[_text(v) for v in key] + [line.get(c, "-") for c in columns] for key, line in lines.items()])
+
+
+def _with_storage(cases: Sequence[Case], rows: Sequence[str]) -> Sequence[str]:
+    several = any(case["options"].get("index_format", "exact") != "exact" for case in cases)
+    return ("index_format", *rows) if several else rows
 
 
 def _prefix(column: str) -> str:
@@ -143,6 +157,7 @@ def scores(results: Sequence[Result]) -> str:
 def _with_several(cases: Sequence[Case], rows: Sequence[str], column: str) -> list[Case]:
     """Cases whose line of a pivot has more than one column."""
     values: dict[tuple[Any, ...], set[Any]] = {}
+    rows = _with_storage(cases, rows)
 
     def key(case: Case) -> tuple[Any, ...]:
         return tuple(case["options"][name] for name in rows)

@@ -14,11 +14,11 @@ from unique_attn import ops
 from unique_attn.bench import _checks, _peers
 from unique_attn.bench._ceiling import Ceilings
 from unique_attn.bench._harness import DTYPES, Side, best_of, compare, outcome, ratio, sets_needed
-from unique_attn.bench._inputs import Shaped
+from unique_attn.bench._inputs import Shaped, entry_bytes, scoring
 from unique_attn.bench._machine import free_bytes, gib
 from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
 
-FIELDS = ("batch", "context", "heads", "head_dim", "page_size", "block_size", "budget", "rule", "dtype")
+FIELDS = ("batch", "context", "heads", "head_dim", "page_size", "block_size", "budget", "rule", "index_format", "dtype")
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
 BATCHES = [80, 32, 8, 1]
 PRESETS: dict[str, Sequence[Grid]] = {
@@ -54,7 +54,7 @@ class Step:
         self.keys, self.values = (
             [random.normal(o.batch, 1, shaped.kv_heads, o.head_dim) for _ in range(self.count)] for _ in range(2)
         )
-        self.scoring: dict[str, Any] = {"rule": o.rule, "page_size": o.page_size}
+        self.scoring = scoring(o)
         self.k = o.budget // o.page_size
         for i in range(self.count):
             self.unique(i)  # writes the new token, so that every side has the same keys
@@ -125,7 +125,7 @@ class Step:
         """The pages are the best ones, and attention to them is right. Returns its largest error."""
         out, lse, pages = found
         q, (k_cache, v_cache) = self.queries[i], self.caches[i]
-        _checks.selection(pages, q, self.indexes[i], self.table, self.lens, **self.scoring)
+        _checks.selection(pages, q, self.indexes[i], self.table, self.lens, self.scoring)
         return _checks.attention(
             (out, lse), q, k_cache, v_cache, pages, self.table, self.lens, page_size=self.o.page_size
         )
@@ -140,7 +140,7 @@ def bytes_moved(o: Shape) -> dict[str, int]:
     dtype = DTYPES[o.dtype]
     rows, pages = o.batch * heads(o.heads)[1], o.context // o.page_size
     token = 2 * o.head_dim * dtype.itemsize  # key and value
-    index = rows * pages * ops.index_entry_bytes(o.rule, o.head_dim, dtype)
+    index = rows * pages * entry_bytes(o)
     selected = rows * min(o.budget, o.context) * token
     return {"index": index, "selected_kv": selected, "unique": index + selected, "dense": rows * o.context * token}
 

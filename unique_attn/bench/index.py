@@ -13,10 +13,10 @@ from unique_attn import ops, reference
 from unique_attn.bench import _checks
 from unique_attn.bench._ceiling import Ceilings
 from unique_attn.bench._harness import DTYPES, Side, compare, outcome, sets_needed
-from unique_attn.bench._inputs import Shaped
+from unique_attn.bench._inputs import Shaped, entry_bytes, scoring, storage
 from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
 
-FIELDS = ("batch", "context", "new", "heads", "head_dim", "page_size", "block_size", "rule", "dtype")
+FIELDS = ("batch", "context", "new", "heads", "head_dim", "page_size", "block_size", "rule", "index_format", "dtype")
 PRESETS: dict[str, Sequence[Grid]] = {
     "append": [{"batch": [80, 1], "context": [8192], "new": [1, 4, 16], "page_size": [8]}],
     "prefill": [{"batch": [1], "context": [8192, 32768, 131072], "new": [0], "page_size": [4, 8, 16, 32]}],
@@ -44,7 +44,7 @@ class Indexing:
         self.keys = [
             shaped.random.normal(o.batch * blocks, shaped.kv_heads, o.block_size, o.head_dim) for _ in range(count)
         ]
-        self.scoring: dict[str, Any] = {"rule": o.rule, "page_size": o.page_size}
+        self.scoring = scoring(o)
         self.indexes = [ops.new_index(keys, **self.scoring) for keys in self.keys]
         touched = shaped.random.table(o.batch, blocks)
         before = touched[:, :1].expand(-1, o.context // o.block_size - blocks)
@@ -59,10 +59,15 @@ class Indexing:
         )  # fmt: skip
         return self.indexes[i]
 
+    def parts(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        o = self.o
+        how = {**storage(o), "head_dim": o.head_dim} if storage(o) else {}
+        return ops.decode_index(index, rule=o.rule, dtype=self.shaped.dtype, **how)
+
     def check(self, i: int, index: torch.Tensor) -> None:
         """The last pages of some sequences against the reference, and no touched entry left as it was poisoned."""
         o = self.o
-        parts = ops.decode_index(index, rule=o.rule, dtype=self.shaped.dtype)
+        parts = self.parts(index)
         first = (o.context - new_tokens(o)) // o.page_size
         per_block = o.block_size // o.page_size
         pages = torch.arange(first, o.context // o.page_size, device=index.device)
@@ -77,9 +82,8 @@ class Indexing:
                 self.keys[i], expected, self.table[b : b + 1], torch.full_like(self.ends[:1], some), self.ends[:1],
                 max_new_tokens=o.context, **self.scoring, compute_dtype=torch.float32,
             )  # fmt: skip
-            of = ops.decode_index(expected, rule=o.rule, dtype=self.shaped.dtype)
             where = (self.table[b, last // per_block].long(), slice(None), last % per_block)
-            for part, wanted in zip(parts, of):
+            for part, wanted in zip(parts, self.parts(expected)):
                 _checks.close("index", part[where], wanted[where], _checks.TOLERANCE[self.shaped.dtype])
 
     def side(self) -> Side:
@@ -104,14 +108,13 @@ def blocks_touched(o: Shape) -> int:
 def bytes_moved(o: Shape) -> int:
     """Keys of the touched pages read, their entries written."""
     keys = o.page_size * o.head_dim * DTYPES[o.dtype].itemsize
-    entry = ops.index_entry_bytes(o.rule, o.head_dim, DTYPES[o.dtype])
-    return int(o.batch * heads(o.heads)[1] * pages_touched(o) * (keys + entry))
+    return int(o.batch * heads(o.heads)[1] * pages_touched(o) * (keys + entry_bytes(o)))
 
 
 def needed(o: Shape, device: torch.device) -> int:
     """Keys and index of all sets, and one index more to check them."""
     block = o.block_size * o.head_dim * DTYPES[o.dtype].itemsize
-    entries = o.block_size // o.page_size * ops.index_entry_bytes(o.rule, o.head_dim, DTYPES[o.dtype])
+    entries = o.block_size // o.page_size * entry_bytes(o)
     each = o.batch * heads(o.heads)[1] * blocks_touched(o) * (block + entries)
     return int((sets_needed(bytes_moved(o), device) + 1) * each)
 

@@ -13,10 +13,10 @@ from unique_attn import ops
 from unique_attn.bench import _checks
 from unique_attn.bench._ceiling import Ceilings
 from unique_attn.bench._harness import Side, compare, outcome, sets_needed
-from unique_attn.bench._inputs import Shaped
+from unique_attn.bench._inputs import Shaped, entry_bytes, scoring
 from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
 
-FIELDS = ("batch", "context", "tokens", "heads", "head_dim", "page_size", "block_size", "rule", "dtype")
+FIELDS = ("batch", "context", "tokens", "heads", "head_dim", "page_size", "block_size", "rule", "index_format", "dtype")
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
 PRESETS: Mapping[str, Sequence[Grid]] = {
     "context": [{"batch": [80, 32, 8, 1], "context": LENGTHS, "head_dim": [128], "page_size": [8]}],
@@ -45,13 +45,13 @@ class Scoring:
         self.queries = [shaped.random.normal(o.batch, o.tokens, shaped.q_heads, o.head_dim) for _ in range(count)]
         self.table = shaped.random.table(o.batch, blocks)
         self.lens = shaped.lens(o.context)
-        self.scoring: dict[str, Any] = {"rule": o.rule, "page_size": o.page_size}
+        self.scoring = scoring(o)
 
     def run(self, i: int) -> torch.Tensor:
         return ops.page_scores(self.queries[i], self.indexes[i], self.table, self.lens, **self.scoring)
 
     def check(self, i: int, found: torch.Tensor) -> None:
-        _checks.scores(found, self.queries[i], self.indexes[i], self.table, self.lens, **self.scoring)
+        _checks.scores(found, self.queries[i], self.indexes[i], self.table, self.lens, self.scoring)
 
     def side(self) -> Side:
         return Side([partial(self.run, i) for i in range(len(self.indexes))], self.bytes, self.check)
@@ -59,7 +59,7 @@ class Scoring:
 
 def index_bytes(o: Shape) -> int:
     """The entries of every page, read once."""
-    return pages(o) * Shaped(o, torch.device("cpu")).entry_bytes
+    return pages(o) * entry_bytes(o)
 
 
 def pages(o: Shape) -> int:
