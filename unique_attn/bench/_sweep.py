@@ -157,6 +157,11 @@ def run_sweep(
     }
 
 
+def index_name(o: Mapping[str, Any]) -> str:
+    """The rule of a shape's index and, if it is not the keys' own numbers, how it is stored."""
+    return str(o["rule"]) if o["index_format"] == "exact" else f"{o['rule']}, {o['index_format']}"
+
+
 def report_head(result: Mapping[str, Any]) -> list[str]:
     """Lines above a benchmark's table: where, and against what."""
     e = result["environment"]

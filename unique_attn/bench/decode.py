@@ -16,7 +16,7 @@ from unique_attn.bench._ceiling import Ceilings
 from unique_attn.bench._harness import DTYPES, Side, best_of, compare, outcome, ratio, sets_needed
 from unique_attn.bench._inputs import Shaped, entry_bytes, scoring
 from unique_attn.bench._machine import free_bytes, gib
-from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
+from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, index_name, report_head, run_sweep, side_line
 
 FIELDS = ("batch", "context", "heads", "head_dim", "page_size", "block_size", "budget", "rule", "index_format", "dtype")
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
@@ -205,11 +205,12 @@ def cases(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def report(result: dict[str, Any]) -> str:
     if "cases" not in result:
         return _report_one(result)
-    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'budget':>8}{'time':>12}{'p10 .. p90':>20}"
+    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'budget':>8}  {'rule':<24}{'time':>12}{'p10 .. p90':>20}"
     lines = [*report_head(result), f"{head}{'must read':>12}{'floor':>11}{'of ceiling':>12}{'dense peer':>16}"]
     for case in result["cases"]:
         o = case["options"]
         line = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['budget']:>8}"
+        line += f"  {index_name(o):<24}"
         line += side_line(case, "unique_decode")
         if case.get("speedup"):
             line += f"{case[case['peer']]['median_ms']:>13.4f} ms {case['speedup']:>6.2f}x {case['peer']}"
@@ -222,7 +223,7 @@ def _report_one(result: dict[str, Any]) -> str:
     lines = [
         *report_head({"chunk_ceilings": {}, **result})[:-1],
         f"one decode step, {o['batch']} x {o['context']} tokens, {o['heads']} heads, D={o['head_dim']}, {o['dtype']}",
-        f"rule {o['rule']}, budget {o['budget']} in pages of {o['page_size']}",
+        f"rule {index_name(o)}, budget {o['budget']} in pages of {o['page_size']}",
         "",
     ]
     if "skipped" in result:

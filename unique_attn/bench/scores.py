@@ -14,7 +14,7 @@ from unique_attn.bench import _checks
 from unique_attn.bench._ceiling import Ceilings
 from unique_attn.bench._harness import Side, compare, outcome, sets_needed
 from unique_attn.bench._inputs import Shaped, entry_bytes, scoring
-from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, report_head, run_sweep, side_line
+from unique_attn.bench._sweep import Grid, Shape, add_shape_flags, heads, index_name, report_head, run_sweep, side_line
 
 FIELDS = ("batch", "context", "tokens", "heads", "head_dim", "page_size", "block_size", "rule", "index_format", "dtype")
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
@@ -89,12 +89,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'T':>4}  {'rule':<13}{'time':>12}{'p10 .. p90':>20}"
+    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'T':>4}  {'rule':<24}{'time':>12}{'p10 .. p90':>20}"
     lines = [*report_head(result), f"{head}{'index':>12}{'floor':>11}{'of ceiling':>12}"]
     for case in result["cases"]:
         o = case["options"]
-        shape = (
-            f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['tokens']:>4}  {o['rule']:<13}"
-        )
+        shape = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['tokens']:>4}  {index_name(o):<24}"
         lines.append(shape + side_line(case))
     return "\n".join(lines)
