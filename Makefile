@@ -22,7 +22,7 @@ help:
 	@echo "make test               the tests"
 	@echo "make test-transformers  the Hugging Face tests on the oldest and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
-	@echo "make bench              what this machine can write of benchmarks/results (BENCH_ARGS='decode ...' for one)"
+	@echo "make bench              the tables of benchmarks/results (BENCH_ARGS='decode ...' for a single benchmark)"
 	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
 	@echo "make lint | format      linters | formatters"
 	@echo "make cuda-compile       compile every CUDA source"

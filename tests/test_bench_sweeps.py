@@ -344,6 +344,18 @@ def test_an_absent_flashinfer_is_a_message(monkeypatch: pytest.MonkeyPatch):
     assert set(ways) == {"torch_sorted", "torch_unsorted"}
 
 
+def test_a_cache_in_the_layout_of_flashinfers_examples():
+    """The same tokens in the same order, in blocks of 16 tokens and with heads innermost."""
+    cache = torch.randn(6, 2, 32, 8)
+    table = torch.tensor([[4, 1, 0], [5, 2, 3]], dtype=torch.int32)
+    copy, fine = _peers.nhd(cache), _peers.nhd_table(table, 32)
+    assert copy.shape == (12, 16, 2, 8)
+    assert fine.dtype == torch.int32
+    for row in range(2):
+        tokens = cache[table[row].long()].transpose(1, 2).flatten(0, 1)  # [96, H, D]
+        assert torch.equal(copy[fine[row].long()].flatten(0, 1), tokens)
+
+
 def test_files_name_themselves(tmp_path: Path):
     shape = ["--context", "512", "--budget", "64", *HEADS]
     argv = ["bench", "decode", *shape, "--device", "cpu", "--repeats", "1", "--results", str(tmp_path)]

@@ -172,11 +172,8 @@ def flashinfer_dense(
     if second_layout:
         block_size = caches[0][0].shape[2]
         if block_size % NHD_BLOCK == 0:
-            parts = block_size // NHD_BLOCK
-            offsets = torch.arange(parts, dtype=torch.int32, device=table.device)
-            fine = (table[..., None] * parts + offsets).flatten(1).contiguous()
-            copies = [(_nhd(k), _nhd(v)) for k, v in caches]
-            paged["nhd16"] = PagedDense(queries, copies, fine, "NHD", workspace)
+            copies = [(nhd(k), nhd(v)) for k, v in caches]
+            paged["nhd16"] = PagedDense(queries, copies, nhd_table(table, block_size), "NHD", workspace)
     ways: dict[str, Dense] = {}
     for name, caches_of in paged.items():
         ways[f"flashinfer_{name}_tensor_cores"] = caches_of.way("fa2", True)
@@ -186,9 +183,16 @@ def flashinfer_dense(
     return ways
 
 
-def _nhd(cache: torch.Tensor) -> torch.Tensor:
+def nhd(cache: torch.Tensor) -> torch.Tensor:
     """``[blocks, H, block_size, D]`` as ``[blocks * block_size / 16, 16, H, D]``, contiguous."""
     return cache.transpose(1, 2).reshape(-1, NHD_BLOCK, cache.shape[1], cache.shape[3]).contiguous()
+
+
+def nhd_table(table: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The block table of a cache that went through :func:`nhd`."""
+    parts = block_size // NHD_BLOCK
+    offsets = torch.arange(parts, dtype=torch.int32, device=table.device)
+    return (table[..., None] * parts + offsets).flatten(1).contiguous()
 
 
 def sdpa_dense(queries: Sequence[torch.Tensor], rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Dense]:

@@ -93,6 +93,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [*report_head(result), f"{head}{'index':>12}{'floor':>11}{'of ceiling':>12}"]
     for case in result["cases"]:
         o = case["options"]
-        shape = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['tokens']:>4}  {index_name(o):<24}"
+        shape = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['tokens']:>4}"
+        shape += f"  {index_name(o):<24}"
         lines.append(shape + side_line(case))
     return "\n".join(lines)
