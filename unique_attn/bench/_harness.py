@@ -4,10 +4,9 @@
 overwritten with rubbish, computed anew and checked. Sides run in turn, round after round, so that a slow moment of the
 machine meets all of them. Medians are what counts.
 
-On CUDA the calls of all input sets of a side are captured in one graph and replayed between two events, so that
-launches do not count. Caches are cold: they are flushed before every replay, and a replay goes through the input sets
-once; or the sets are together ``ROTATED`` times as large as the last-level cache, and a replay goes through them until
-it takes ``REPLAY`` seconds. On the CPU, caches are flushed before every call.
+Caches are flushed before everything that is timed. On the CPU that is one call. On CUDA it is a graph, replayed between
+two events, of one call for each input set of a side, so that launches do not count; if the sets together are
+``ROTATED`` times as large as the last-level cache, the graph goes through them until it takes ``REPLAY`` seconds.
 """
 
 from __future__ import annotations
@@ -122,29 +121,27 @@ class _Prepared:
 
     run: Call
     calls: int
-    flush: bool
     outputs: list[Any] = field(default_factory=list)
     seconds: float = 0.0  # of one run, roughly
 
 
 def _prepare(side: Side, device: torch.device) -> _Prepared:
-    flush = not side.rotates(device) or device.type == "cpu"
     if device.type == "cpu":
-        return _Prepared(_in_turn(side.calls), 1, flush)
+        return _Prepared(_in_turn(side.calls), 1)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for i in range(max(3, min(len(side.calls), 8))):
             side.calls[i % len(side.calls)]()
     torch.cuda.current_stream(device).wait_stream(stream)
-    prepared = _capture(side.calls, 1, flush, device)
-    if not flush and prepared.seconds < REPLAY:
+    prepared = _capture(side.calls, 1, device)
+    if side.rotates(device) and prepared.seconds < REPLAY:
         cycles = min(MAX_CYCLES, math.ceil(REPLAY / max(prepared.seconds, 1e-7)))
-        prepared = _capture(side.calls, cycles, flush, device)
+        prepared = _capture(side.calls, cycles, device)
     return prepared
 
 
-def _capture(calls: Sequence[Call], cycles: int, flush: bool, device: torch.device) -> _Prepared:
+def _capture(calls: Sequence[Call], cycles: int, device: torch.device) -> _Prepared:
     graph, outputs = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
         for cycle in range(cycles):
@@ -155,7 +152,7 @@ def _capture(calls: Sequence[Call], cycles: int, flush: bool, device: torch.devi
                 del written
     graph.replay()
     torch.cuda.synchronize(device)
-    return _Prepared(graph.replay, cycles * len(calls), flush, outputs, _time_cuda(graph.replay))
+    return _Prepared(graph.replay, cycles * len(calls), outputs, _time_cuda(graph.replay))
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:
@@ -192,8 +189,7 @@ def _rounds(
     seconds: dict[str, list[float]] = {name: [] for name in prepared}
     for i in range(warmup + rounds):
         for name, side in prepared.items():
-            if side.flush:
-                cold.flush()
+            cold.flush()  # on CUDA it also keeps the device busy until the replay is in its queue
             if launches and device.type == "cuda":
                 torch.cuda.synchronize(device)
             elapsed = _time_cuda(side.run) if device.type == "cuda" else _time_cpu(side.run)
@@ -310,7 +306,7 @@ def compare(
         found.timings = _rounds(prepared, device, rounds, 2)
     if launches and device.type == "cuda":
         eager = {
-            name: _Prepared(_in_turn(side.calls), 1, not side.rotates(device))
+            name: _Prepared(_in_turn(side.calls), 1)
             for name, side in sides.items()
             if name not in found.launched_failed
         }
