@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kScores = kOutput == ScoreOutput::kScores;
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   const int b = blockIdx.z;
   const int head = blockIdx.y;
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, 2 * a.tokens);
