@@ -25,6 +25,10 @@ __device__ __forceinline__ unsigned smem_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
+// Bytes to the next multiple of 1024, on which swizzled tiles begin. To be added to the array: a pointer that went
+// through an integer is no longer known to point to shared memory.
+__device__ __forceinline__ unsigned shared_padding(const char* bytes) { return -smem_address(bytes) & 1023u; }
+
 // ---- Barriers ----
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {

@@ -7,7 +7,8 @@ namespace unique_attn {
 namespace {
 
 constexpr int kPages = kScorePages;
-constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kGroups = 3;  // warpgroups that multiply: as many as registers allow, against the latency of the epilogue
+constexpr int kThreads = (kGroups + 1) * kWarpgroup;
 constexpr int kStages = 3;
 constexpr int kStride = kPages + 4;  // against bank conflicts of the accumulators' pairs
 
@@ -16,10 +17,10 @@ struct Shared {
   static constexpr int kTiles = D / kTileChannels;
   alignas(1024) char mean[kStages][kTiles][kPages * kSwizzleRow];
   alignas(1024) char var[kStages][kTiles][kPages * kSwizzleRow];
-  alignas(16) float score[2][64 * kStride];
-  alignas(16) float root[2][64 * kStride];
-  float theta[2][64];
-  int page_end[2][64];  // candidates of a token are [sink_pages, page_end)
+  alignas(16) float score[kGroups][64 * kStride];
+  alignas(16) float root[kGroups][64 * kStride];
+  float theta[kGroups][64];
+  int page_end[kGroups][64];  // candidates of a token are [sink_pages, page_end)
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -66,13 +67,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kScores = kOutput == ScoreOutput::kScores;
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   const int b = blockIdx.z;
   const int head = blockIdx.y;
-  const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, 2 * a.tokens);
+  const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, kGroups * a.tokens);
   if (t.first >= t.end) return;
-  const int last_token = min(t.first + 2 * a.tokens, t.end) - 1;
-  // Every page that the attention kernels read: up to the last token's, or the chunk's last.
+  // Every page that the attention kernels read: up to the last token's, or the chunk's last. Their tiles of tokens are
+  // others, so that a token may share one with tokens behind this tile.
+  const int last_token = min(t.first + (kGroups + 2) * a.tokens, t.end) - 1;
   const int first_page = first_chunk_page(a, t.start);
   const int num_pages = min((last_token >> a.page_shift) + 1 - first_page, a.chunk.width);
   if (num_pages <= 0) return;
@@ -84,15 +86,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], kConsumers);
+      barrier_init(&shared.empty[i], kGroups * 4);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  if (warpgroup == 2) {
-    registers_give<40>();
-    if (threadIdx.x == 2 * kWarpgroup) {
+  if (warpgroup == kGroups) {
+    registers_give<24>();
+    if (threadIdx.x == kGroups * kWarpgroup) {
       Ring<kStages> ring;
       const int slot = page_slot(t.start, b, a.p.seqs.page_size, first_page);
       for (int tile = 0; tile < num_tiles; ++tile) {
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  registers_take<232>();
+  registers_take<160>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -276,7 +278,7 @@ cudaError_t launch(const HopperArgs& a, const ScoreMaps& maps, const ScoreOutput
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.token_end - a.chunk.token_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + 2 * a.tokens - 1) / (2 * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
+  const dim3 grid((longest + kGroups * a.tokens - 1) / (kGroups * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
   kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, out);
   return cudaGetLastError();
 }

@@ -1,8 +1,8 @@
 // What a page's score hands to its entry, on Hopper. With W the gradient of the score of each (token, page), in the row
 // of the arg-max head:
 //   d mean = sum W q        d spread = sum W c q^2 / root        (root = sqrt(sum_d q_d^2 var_d))
-// A thread block serves 2 x 64 pages and walks the chunk's tokens 64 rows at a time; products sum over rows. Chunks add
-// up one after the other, so the sums do not depend on the order of thread blocks.
+// A thread block serves 64 pages and walks the chunk's tokens 64 rows at a time, its two warpgroups in turns; products
+// sum over rows. Chunks add up one after the other, so the sums do not depend on the order of thread blocks.
 #include "soft_mask_hopper.cuh"
 
 namespace unique_attn {
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kPages = kGradPages;
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kStages = 3;
+constexpr int kStages = 4;  // even: a stage always has the same warpgroup
 constexpr int kRows = 64;
 
 template <typename T, int D>
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef UA_HOPPER
   using S = Shared<T, D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   const int b = blockIdx.z;
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], kConsumers);
+      barrier_init(&shared.empty[i], kConsumers / 2);
     }
     barrier_init_fence();
   }
@@ -142,16 +142,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
-  const int my_page = warpgroup * 64 + thread / kWarp * 16 + lane / 4;  // and 8 further
+  const int my_page = thread / kWarp * 16 + lane / 4;  // and 8 further
   constexpr int kNext = sizeof(shared.q[0][0]);
   float mean[D / 2] = {}, spread[D / 2] = {};
   unsigned mean_operand[kRows / 4] = {}, spread_operand[kRows / 4] = {};
   Ring<kStages> ring;
   pin(mean);
   pin(spread);
-  for (int tile = 0; tile < num_tiles; ++tile) {
+  if (warpgroup == 1) ring.advance();
+  for (int tile = warpgroup; tile < num_tiles; tile += 2) {
     const int stage = ring.stage;
     barrier_wait(&shared.full[stage], ring.parity);
+    ring.advance();
     ring.advance();
     const int first_token = first + tile * a.tokens;
     const int num_tokens = min(a.tokens, stop - first_token);
@@ -181,6 +183,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(mean_operand);
     pin(spread_operand);
     barrier_arrive_warp(&shared.empty[stage]);
+  }
+
+  // Both warpgroups' sums, added in the same order every time.
+  float* partial = reinterpret_cast<float*>(shared.q[0][0]);
+  named_barrier(1, 2 * kWarpgroup);  // all stages are read
+  if (warpgroup == 1) {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      partial[i * kWarpgroup + thread] = mean[i];
+      partial[(D / 2 + i) * kWarpgroup + thread] = spread[i];
+    }
+  }
+  named_barrier(1, 2 * kWarpgroup);
+  if (warpgroup == 1) return;
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) {
+    mean[i] += partial[i * kWarpgroup + thread];
+    spread[i] += partial[(D / 2 + i) * kWarpgroup + thread];
   }
 
   const int num_pages = (a.p.seqs.cu_seqlens[b + 1] - start) >> a.page_shift;  // complete ones

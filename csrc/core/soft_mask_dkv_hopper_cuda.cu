@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   const int b = blockIdx.z;
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];

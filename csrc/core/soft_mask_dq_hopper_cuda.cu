@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   constexpr bool kGated = kMode != MaskMode::kDense;
   constexpr bool kSoft = kMode == MaskMode::kSoft;
   const int b = blockIdx.z;
@@ -176,15 +176,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int first_page = first_key >> a.page_shift;
     const __half* gates = shared.log_gates[stage][warpgroup] + (first_page & (kGateAlign - 1));
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      const int page = (n * 8 + quad * 2) >> a.page_shift;
+    for (int half = 0; half < 2; ++half) {
+      float gate[kKeys / 8] = {};
+      if (kGated) load_row_gates(gate, gates + tokens[half] * box, a.page_shift, quad * 2);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shift = (kGated ? __half2float(gates[tokens[half] * box + page]) : 0.f) - lse[half];
+      for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int i = 4 * n + 2 * half + c;
-          s[i] = exp2_fast(fmaf(s[i], scale, shift));
+          s[i] = exp2_fast(fmaf(s[i], scale, gate[n] - lse[half]));
         }
       }
     }
@@ -237,6 +237,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     wgmma_wait<0>();
+    keep_operand(operand, a.tokens == 0, &shared.q_full);
+    keep_operand(page_operand, a.tokens == 0, &shared.q_full);
     if (tile < num_tiles - 1) barrier_arrive_warp(&shared.empty[previous]);
     pin(out);
     pin(operand);
@@ -282,8 +284,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       share();
-      // The next product's operand may take the registers of those in flight only when they are done.
-      wgmma_wait<0>();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const unsigned g = rows[half] - tokens[half] * a.group;  // no head's number in rows past the tokens
@@ -302,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
       product_ab<T, 1>(out, page_operand, shared.mean[stage][0], kMeanNext);
       wgmma_commit();
+      wgmma_wait<2>();
     } else {
       wgmma_wait<1>();
     }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   const int b = blockIdx.z;
   const int head = blockIdx.y;
   // The last tiles see the most keys: start them first.
@@ -125,13 +125,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (kGated) {
       const __half* gates = shared.log_gates[keys.stage][warpgroup] + ((first_key >> a.page_shift) & (kGateAlign - 1));
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        const int page = (n * 8 + column) >> a.page_shift;
+      for (int half = 0; half < 2; ++half) {
+        float gate[kKeys / 8];
+        load_row_gates(gate, gates + tokens[half] * box, a.page_shift, column);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float gate = __half2float(gates[tokens[half] * box + page]);
-          s[4 * n + 2 * half] = fmaf(s[4 * n + 2 * half], scale, gate);
-          s[4 * n + 2 * half + 1] = fmaf(s[4 * n + 2 * half + 1], scale, gate);
+        for (int n = 0; n < kKeys / 8; ++n) {
+          s[4 * n + 2 * half] = fmaf(s[4 * n + 2 * half], scale, gate[n]);
+          s[4 * n + 2 * half + 1] = fmaf(s[4 * n + 2 * half + 1], scale, gate[n]);
         }
       }
     } else {
@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       l[half] = l[half] * correction[half] + sum;
     }
     wgmma_wait<0>();
+    keep_operand(probabilities, a.tokens == 0, &shared.q_full);
     if (tile < num_tiles - 1) barrier_arrive_warp(&shared.v_empty[previous]);
     pin(out);
     pin(probabilities);

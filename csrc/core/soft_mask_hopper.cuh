@@ -12,8 +12,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kScorePages = 64;    // pages per tile of the scores' kernel
 constexpr int kForwardKeys = 128;  // keys per tile
 constexpr int kDqKeys = 64;
-constexpr int kDkvKeys = 128;    // keys per thread block, 64 per warpgroup
-constexpr int kGradPages = 128;  // pages per thread block, 64 per warpgroup
+constexpr int kDkvKeys = 128;   // keys per thread block, 64 per warpgroup
+constexpr int kGradPages = 64;  // pages per thread block
 
 // The queries and keys of one launch. Rows of the workspace are the tokens from token_begin on; of sequence b they
 // hold the pages from first_page(b) on.
@@ -59,6 +59,39 @@ __device__ __forceinline__ int first_chunk_page(const HopperArgs& a, int start) 
 constexpr int kGateAlign = 8;
 constexpr int kBestAlign = 16;
 UA_HD int gate_box(int tile_keys, int page_size) { return tile_keys / page_size < 8 ? 8 : tile_keys / page_size; }
+
+#ifdef UA_HOPPER
+// Log-gates of one row for kBlocks blocks of 8 keys; `column` is this thread's first key of a block, `of_row` holds the
+// tile's pages.
+template <int kBlocks>
+__device__ __forceinline__ void load_row_gates(float (&gates)[kBlocks], const __half* of_row, int page_shift,
+                                               int column) {
+  if (page_shift == 3) {  // a page per block: 16 bytes at a time
+#pragma unroll
+    for (int i = 0; i < kBlocks / 8; ++i) {
+      Vec8<__half> vector;
+      vector.load(of_row + i * 8);
+      float x[8];
+      vector.unpack(x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) gates[i * 8 + j] = x[j];
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) gates[n] = __half2float(of_row[(n * 8 + column) >> page_shift]);
+  }
+}
+
+// Keeps registers that a product in flight reads from being given to anything else before this point: ptxas (13.0) has
+// been seen to reuse an operand while a product read it. `never` is a condition that the compiler takes for possible.
+template <int kCount>
+__device__ __forceinline__ void keep_operand(const unsigned (&operand)[kCount], bool never, void* shared) {
+  if (never) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) static_cast<volatile unsigned*>(shared)[i] = operand[i];
+  }
+}
+#endif
 
 // A tensor [z, y, x] with unit stride in x, and the box of it that one copy takes.
 struct TensorBox {
