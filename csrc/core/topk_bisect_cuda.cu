@@ -339,7 +339,11 @@ cudaError_t launch(const TopkPagesParams& p, cudaStream_t stream) {
   }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  const bool clusters = major >= 9;
+#ifdef UNIQUE_ATTN_SM90A
+  const bool clusters = major == 9;
+#else
+  const bool clusters = false;  // not built for it
+#endif
   // A few rows are spread over the device; for many rows a thread block each is enough parallel work.
   const bool few = clusters && rows * kMaxCluster <= multiprocessors;
   if (few && scores > 8192) {
