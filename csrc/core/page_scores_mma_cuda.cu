@@ -1,4 +1,5 @@
-// Page scores of 16-bit inputs on tensor cores. A warp takes 16 pages at a time as the rows of a product, and all heads
+// Page scores of 16-bit inputs on tensor cores, for every rule but `minmax` (where a query's 0 meets no infinite bound,
+// which a product does not know). A warp takes 16 pages at a time as the rows of a product, and all heads
 // of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
 // its part of two products of 16 channels. Entries go from memory straight into the operands.
@@ -22,13 +23,10 @@ enum class Form {
   kMean,      // u
   kUnique,    // u + c * norm * std
   kVariance,  // u + c * sqrt(v): `directional`
-  kBounds,    // relu(q) . max + (-relu(-q)) . min: `minmax`
 };
 
 template <Form kForm>
-constexpr int kOperands = kForm == Form::kVariance ? 3
-                          : kForm == Form::kBounds ? 2
-                                                   : 1;  // of a query
+constexpr int kOperands = kForm == Form::kVariance ? 3 : 1;  // of a query
 
 // Operands of the query rows, as lanes need them: [tile of 8 rows, operand, k-step, lane].
 template <Form kForm, int kSteps>
@@ -77,18 +75,7 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps>& shared, con
     for (int half = 0; half < 2; ++half) {
       const int step = chunk / 4 * 2 + half;
       const unsigned a = words[half * 2], c = words[half * 2 + 1];
-      if constexpr (kForm == Form::kBounds) {
-        const float2 x = unpack2<T>(a), y = unpack2<T>(c);
-        // As the rule says it: q > 0 takes the maximum, anything else (NaN too) the minimum.
-        const float2 x_up = make_float2(x.x > 0.f ? x.x : 0.f, x.y > 0.f ? x.y : 0.f);
-        const float2 y_up = make_float2(y.x > 0.f ? y.x : 0.f, y.y > 0.f ? y.y : 0.f);
-        const float2 x_down = make_float2(x.x > 0.f ? 0.f : x.x, x.y > 0.f ? 0.f : x.y);
-        const float2 y_down = make_float2(y.x > 0.f ? 0.f : y.x, y.y > 0.f ? 0.f : y.y);
-        shared.operand[tile][0][step][lane] = make_uint2(pack2<T>(x_up.x, x_up.y), pack2<T>(y_up.x, y_up.y));
-        shared.operand[tile][1][step][lane] = make_uint2(pack2<T>(x_down.x, x_down.y), pack2<T>(y_down.x, y_down.y));
-      } else {
-        shared.operand[tile][0][step][lane] = make_uint2(a, c);
-      }
+      shared.operand[tile][0][step][lane] = make_uint2(a, c);
       if constexpr (kForm == Form::kVariance) {
         uint2 high, low;
         split_squares(unpack2<T>(a), high.x, low.x);
@@ -118,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps>*>(shared_bytes);
   constexpr int kBlocks = kSteps / 2;  // of 32 channels, 8 per lane of a quad
-  constexpr bool kTwoVectors = kForm == Form::kVariance || kForm == Form::kBounds;
+  constexpr bool kTwoVectors = kForm == Form::kVariance;
   const ScoreTile tile = score_tile(p, tokens_per_tile, num_token_tiles, pages_per_block);
   const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
@@ -174,11 +161,7 @@ __global__ void __launch_bounds__(kThreads)
             const uint4& raw = b[step / 2][i % 2];
             const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
             const unsigned word = words[step % 2 * 2 + i / 2];
-            if constexpr (kForm == Form::kVariance) {
-              split_squares(unpack2<T>(word), second[step][i], rest[step][i]);
-            } else {
-              second[step][i] = word;
-            }
+            split_squares(unpack2<T>(word), second[step][i], rest[step][i]);
           }
         }
       }
@@ -200,9 +183,6 @@ __global__ void __launch_bounds__(kThreads)
             mma16816<__nv_bfloat16>(v, second[step], high.x, high.y);
             mma16816<__nv_bfloat16>(v, second[step], low.x, low.y);
             mma16816<__nv_bfloat16>(v, rest[step], high.x, high.y);
-          } else if constexpr (kForm == Form::kBounds) {
-            const uint2 down = shared.operand[n][1][step][lane];
-            mma16816<T>(u, second[step], down.x, down.y);
           }
         }
 #pragma unroll
@@ -268,7 +248,7 @@ cudaError_t launch_form(const PageScoresParams& p, int num_sms, cudaStream_t str
     case Rule::kDirectional:
       return launch_depth<T, Form::kVariance>(p, num_sms, stream);
     case Rule::kMinMax:
-      return launch_depth<T, Form::kBounds>(p, num_sms, stream);
+      break;
   }
   return cudaErrorInvalidValue;
 }
