@@ -4,8 +4,8 @@
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
 // its part of two products of 16 channels. Entries go from memory straight into the operands.
 //
-// Squares are sums of two bf16 numbers, high + low; of the product of two such sums only low * low is left out, so
-// that a score keeps the precision of fp32 within 2^-16.
+// Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
+// rounding of the score to its order key.
 #include "mma_tile.cuh"
 #include "page_scores_common.cuh"
 
@@ -26,7 +26,7 @@ enum class Form {
 };
 
 template <Form kForm>
-constexpr int kOperands = kForm == Form::kVariance ? 3 : 1;  // of a query
+constexpr int kOperands = kForm == Form::kVariance ? 2 : 1;  // of a query
 
 // Operands of the query rows, as lanes need them: [tile of 8 rows, operand, k-step, lane].
 template <Form kForm, int kSteps>
@@ -42,14 +42,10 @@ __device__ __forceinline__ float2 unpack2(unsigned pair) {
   return make_float2(to_float(x[0]), to_float(x[1]));
 }
 
-// x^2 as high + low.
-__device__ __forceinline__ void split_squares(float2 x, unsigned& high, unsigned& low) {
-  const float2 square = make_float2(x.x * x.x, x.y * x.y);
-  high = pack2<__nv_bfloat16>(square.x, square.y);
-  const float2 rounded = unpack2<__nv_bfloat16>(high);
-  // An infinite square has no rest; its difference would be NaN.
-  low = pack2<__nv_bfloat16>(isinf(rounded.x) ? 0.f : square.x - rounded.x,
-                             isinf(rounded.y) ? 0.f : square.y - rounded.y);
+template <typename T>
+__device__ __forceinline__ unsigned square2(unsigned pair) {
+  const float2 x = unpack2<T>(pair);
+  return pack2<__nv_bfloat16>(x.x * x.x, x.y * x.y);
 }
 
 template <typename T, Form kForm, int kSteps>
@@ -77,11 +73,7 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps>& shared, con
       const unsigned a = words[half * 2], c = words[half * 2 + 1];
       shared.operand[tile][0][step][lane] = make_uint2(a, c);
       if constexpr (kForm == Form::kVariance) {
-        uint2 high, low;
-        split_squares(unpack2<T>(a), high.x, low.x);
-        split_squares(unpack2<T>(c), high.y, low.y);
-        shared.operand[tile][1][step][lane] = high;
-        shared.operand[tile][2][step][lane] = low;
+        shared.operand[tile][1][step][lane] = make_uint2(square2<T>(a), square2<T>(c));
       }
     }
   }
@@ -152,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
         if (kForm == Form::kUnique && visible) std[half] = to_float(vectors[p.head_dim]);
       }
       // Operands of a k-step: words 0 and 1 of both rows, then words 2 and 3.
-      unsigned second[kTwoVectors ? kSteps : 1][4], rest[kForm == Form::kVariance ? kSteps : 1][4];
+      unsigned squares[kTwoVectors ? kSteps : 1][4];
       if constexpr (kTwoVectors) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -161,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
             const uint4& raw = b[step / 2][i % 2];
             const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
             const unsigned word = words[step % 2 * 2 + i / 2];
-            split_squares(unpack2<T>(word), second[step][i], rest[step][i]);
+            squares[step][i] = square2<T>(word);
           }
         }
       }
@@ -179,10 +171,8 @@ __global__ void __launch_bounds__(kThreads)
           const uint2 q = shared.operand[n][0][step][lane];
           mma16816<T>(u, first, q.x, q.y);
           if constexpr (kForm == Form::kVariance) {
-            const uint2 high = shared.operand[n][1][step][lane], low = shared.operand[n][2][step][lane];
-            mma16816<__nv_bfloat16>(v, second[step], high.x, high.y);
-            mma16816<__nv_bfloat16>(v, second[step], low.x, low.y);
-            mma16816<__nv_bfloat16>(v, rest[step], high.x, high.y);
+            const uint2 q_squares = shared.operand[n][1][step][lane];
+            mma16816<__nv_bfloat16>(v, squares[step], q_squares.x, q_squares.y);
           }
         }
 #pragma unroll
