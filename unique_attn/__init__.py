@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from unique_attn._runtime import PagePool, PoolFullError
     from unique_attn.cache import UniqueCache
     from unique_attn.hf.callback import SparsityCallback
+    from unique_attn.hf.graphed import GraphedDecoder
     from unique_attn.hf.hooks import SelectionRecord
     from unique_attn.hf.model import disable, enable, record_selection
 
 __all__ = [
+    "GraphedDecoder",
     "PagePool",
     "PoolFullError",
     "SelectionRecord",
@@ -41,6 +43,7 @@ __all__ = [
 
 # Imported at first use: transformers takes seconds, and not everybody has it.
 _LAZY = {
+    "GraphedDecoder": "unique_attn.hf.graphed",
     "PagePool": "unique_attn._runtime",
     "PoolFullError": "unique_attn._runtime",
     "SelectionRecord": "unique_attn.hf.hooks",

@@ -401,6 +401,8 @@ def adopt(cache: Any, layer_idx: int, config: UniqueConfig) -> UniqueLayer | Non
     """
     if cache is None:
         return None
+    if hasattr(cache, "is_static_pages"):
+        return cache.layers[layer_idx]  # stands in for one
     if type(cache) not in (DynamicCache, UniqueCache) or cache.offloading:
         kind = "offloaded " * bool(getattr(cache, "offloading", False)) + type(cache).__name__
         warn_once(f"{kind} has no pages: dense attention", "cache", kind)

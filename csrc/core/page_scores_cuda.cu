@@ -1,9 +1,7 @@
 // Each index entry is read once for all heads of its group (and for as many query tokens as fit in shared memory).
 // Eight lanes share a page: each holds its channels of the entry in registers and meets every query with them; the
 // partial sums are added by shuffles.
-#include "device_utils.cuh"
-#include "page_scores.h"
-#include "split_plan.h"
+#include "page_scores_common.cuh"
 
 namespace unique_attn {
 namespace {
@@ -195,6 +193,9 @@ cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
+  if (params.dtype != DType::kFloat32 && params.rule != Rule::kMinMax) {
+    return page_scores_mma_cuda(params, num_sms, stream);
+  }
   const int chunks_per_lane = (params.head_dim / 8 + kLanes - 1) / kLanes;
   static_assert(kMaxChunks == 4, "the launch below covers 1 to 4 chunks per lane");
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, {

@@ -7,7 +7,7 @@ namespace unique_attn {
 namespace {
 
 constexpr int kBlocksPerSm = 4;      // resident blocks that hide the latency of scattered page reads
-constexpr int kMinSplitTokens = 64;  // below this the merge costs more than the split gains
+constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
 
 }  // namespace
@@ -17,9 +17,7 @@ int decode_head_tile(int group) { return group >= 5 ? 8 : group >= 3 ? 4 : group
 SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
                              int page_size, int num_sms) {
   if (batch == 0 || num_kv_heads == 0) return {1, 0};
-  const int group = num_q_heads / num_kv_heads;
-  const int tile = decode_head_tile(group);
-  const int64_t rows = int64_t{batch} * num_query_tokens * num_kv_heads * ((group + tile - 1) / tile);
+  const int64_t rows = int64_t{batch} * num_query_tokens * num_kv_heads;
   const int64_t wanted = (int64_t{kBlocksPerSm} * num_sms + rows - 1) / rows;
   const int64_t possible = std::max<int64_t>(1, int64_t{k} * page_size / kMinSplitTokens);
   int splits = static_cast<int>(std::min<int64_t>({wanted, possible, kMaxSplits}));

@@ -1,35 +1,15 @@
-// One thread block per row. Radix select over order-preserving integer keys (8 bits a round: two rounds for bf16, four
+// Rows that do not fit into registers: one thread block per row. Radix select over order-preserving integer keys (8 bits a round: two rounds for bf16, four
 // for fp32) finds the k-th largest key; then every warp walks its own stretch of the row and writes what is above it,
 // and the lowest pages among those equal to it. No step depends on the order in which threads run.
 #include "device_utils.cuh"
 #include "radix_select.cuh"
-#include "topk_pages.h"
+#include "topk_row.cuh"
 
 namespace unique_attn {
 namespace {
 
-struct RowPlan {
-  int first;  // candidates are [first, end)
-  int end;
-  int k;        // pages this row may take
-  int sinks;    // forced at the front: [first, first + sinks)
-  int recents;  // forced at the back: [end - recents, end)
-};
-
-__device__ __forceinline__ RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
-  const int position = query_position(p.table.seq_lens[b], p.num_query_tokens, t);
-  const PageRange range = visible_pages(position, p.window, p.table.page_size);
-  RowPlan row;
-  row.first = range.first;
-  row.end = min(range.end, p.num_pages);
-  row.k = p.budget_pages != nullptr ? max(0, min(p.k, p.budget_pages[b])) : p.k;
-  row.recents = min(min(p.recent_pages, row.k), max(row.end - row.first, 0));
-  row.sinks = max(0, min(min(p.sink_pages, row.end - row.recents) - row.first, row.k - row.recents));
-  return row;
-}
-
 template <typename Score, int kThreads>
-__global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesParams p) {
+__global__ void __launch_bounds__(kThreads) topk_radix_kernel(const TopkPagesParams p) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ RadixScratch shared;
   __shared__ int above[kWarps], equal[kWarps];
@@ -38,30 +18,14 @@ __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesPar
   const int b = blockIdx.x / head_rows;
   const int t = blockIdx.x % head_rows / p.num_kv_heads;
   const Score* scores = static_cast<const Score*>(p.scores) + int64_t{blockIdx.x} * p.num_pages;
-  int32_t* out = p.pages + int64_t{blockIdx.x} * p.k;
   const int tid = threadIdx.x;
   const int lane = tid % kWarp;
   const int warp = tid / kWarp;
 
-  const int pages_per_block = p.table.block_size / p.table.page_size;
-  const auto emit = [&](int at, int page) {
-    out[at] = p.physical ? p.table.blocks[b * p.table.stride_seq + page / pages_per_block] * pages_per_block +
-                               page % pages_per_block
-                         : page;
-  };
-
+  const RowOutput output{p, b, p.pages + int64_t{blockIdx.x} * p.k};
   const RowPlan row = plan_row(p, b, t);
-  const int candidates = max(row.end - row.first, 0);
-  const int taken = min(candidates, row.k);
-  for (int i = taken + tid; i < p.k; i += kThreads) out[i] = -1;
-  if (candidates <= row.k) {
-    for (int i = tid; i < candidates; i += kThreads) emit(i, row.first + i);
-    return;
-  }
-  for (int i = tid; i < row.sinks; i += kThreads) emit(i, row.first + i);
-  for (int i = tid; i < row.recents; i += kThreads) emit(taken - row.recents + i, row.end - row.recents + i);
+  if (!output.emit_forced(row, tid, kThreads)) return;
   const int wanted = row.k - row.sinks - row.recents;
-  if (wanted == 0) return;
 
   // The free candidates are one stretch [low, high), longer than `wanted`.
   const int low = row.first + row.sinks;
@@ -100,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkPagesPar
     const unsigned equal_mask = __ballot_sync(kFullMask, is_equal);
     const int equal_rank = equal_before + __popc(equal_mask & lower_lanes);
     const int above_rank = above_before + __popc(above_mask & lower_lanes);
-    if (is_above || (is_equal && equal_rank < ties)) emit(row.sinks + above_rank + min(equal_rank, ties), page);
+    if (is_above || (is_equal && equal_rank < ties)) output.emit(row.sinks + above_rank + min(equal_rank, ties), page);
     above_before += __popc(above_mask);
     equal_before += __popc(equal_mask);
   }
@@ -110,18 +74,23 @@ template <typename Score>
 cudaError_t launch(const TopkPagesParams& params, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(params.batch) * params.num_query_tokens * params.num_kv_heads;
   if (params.num_pages <= 4096) {
-    topk_pages_kernel<Score, 256><<<rows, 256, 0, stream>>>(params);
+    topk_radix_kernel<Score, 256><<<rows, 256, 0, stream>>>(params);
   } else {
-    topk_pages_kernel<Score, 1024><<<rows, 1024, 0, stream>>>(params);
+    topk_radix_kernel<Score, 1024><<<rows, 1024, 0, stream>>>(params);
   }
   return cudaGetLastError();
 }
 
 }  // namespace
 
+cudaError_t topk_radix_cuda(const TopkPagesParams& params, cudaStream_t stream) {
+  return params.dtype == DType::kFloat32 ? launch<float>(params, stream) : launch<__nv_bfloat16>(params, stream);
+}
+
 cudaError_t topk_pages_cuda(const TopkPagesParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.num_kv_heads == 0) return cudaSuccess;
-  return params.dtype == DType::kFloat32 ? launch<float>(params, stream) : launch<__nv_bfloat16>(params, stream);
+  const cudaError_t error = topk_bisect_cuda(params, stream);
+  return error == cudaErrorNotSupported ? topk_radix_cuda(params, stream) : error;
 }
 
 }  // namespace unique_attn

@@ -10,7 +10,7 @@ from typing import Any
 
 try:
     import transformers
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -23,6 +23,7 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
+    "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
     "PreTrainedModel",

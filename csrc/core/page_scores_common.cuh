@@ -1,0 +1,62 @@
+// What both kernels of page_scores share: which tokens and pages a thread block serves, and what it writes.
+#pragma once
+
+#include "device_utils.cuh"
+#include "page_scores.h"
+#include "split_plan.h"
+
+namespace unique_attn {
+
+// The part of one thread block: blockIdx is (sequence and tile of tokens, chunk of pages, KV head).
+struct ScoreTile {
+  int b, head;
+  int token_begin, num_tokens;
+  int page_begin, page_end;
+  int seq_len;
+  int first_page;  // pages that any token of the tile sees: from here
+  PageRange last;  // to the end of what the last token sees
+};
+
+__device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, int tokens_per_tile, int num_token_tiles,
+                                                int pages_per_block) {
+  ScoreTile tile;
+  tile.b = blockIdx.x / num_token_tiles;
+  tile.token_begin = blockIdx.x % num_token_tiles * tokens_per_tile;
+  tile.num_tokens = min(tokens_per_tile, p.num_query_tokens - tile.token_begin);
+  tile.head = blockIdx.z;
+  tile.page_begin = blockIdx.y * pages_per_block;
+  tile.page_end = min(tile.page_begin + pages_per_block, p.num_pages);
+  tile.seq_len = p.table.seq_lens[tile.b];
+  tile.last = visible_pages(query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + tile.num_tokens - 1),
+                            p.window, p.table.page_size);
+  tile.first_page = tile.last.first;
+  for (int t = 0; t < tile.num_tokens && tile.last.end > 0; ++t) {
+    const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + t);
+    if (position >= 0) {
+      tile.first_page = visible_pages(position, p.window, p.table.page_size).first;
+      break;
+    }
+  }
+  return tile;
+}
+
+// The score of a page for one token of the tile; -inf, or nothing, if the token does not see it.
+template <typename Key>
+__device__ __forceinline__ void store_score(const PageScoresParams& p, const ScoreTile& tile, int token, int page,
+                                            float score) {
+  Key* row =
+      static_cast<Key*>(p.scores) +
+      ((int64_t{tile.b} * p.num_query_tokens + tile.token_begin + token) * p.num_kv_heads + tile.head) * p.num_pages;
+  const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + token);
+  const PageRange range = visible_pages(position, p.window, p.table.page_size);
+  if (page >= range.first && page < range.end) {
+    row[page] = from_float<Key>(score);
+  } else if (p.fill_outside) {
+    row[page] = from_float<Key>(-INFINITY);
+  }
+}
+
+// 16-bit inputs, on tensor cores.
+cudaError_t page_scores_mma_cuda(const PageScoresParams& params, int num_sms, cudaStream_t stream);
+
+}  // namespace unique_attn
