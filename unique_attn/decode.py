@@ -256,9 +256,7 @@ class LayerPages:
         with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
             self.k = torch.empty(shape, dtype=keys.dtype, device=keys.device)
             self.v = torch.empty_like(self.k)
-            self.index = ops.new_index(
-                self.k, rule=config.rule, page_size=config.page_size, index_format=config.index
-            )
+            self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
 
     @property
     def device(self) -> torch.device:

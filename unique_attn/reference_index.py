@@ -48,7 +48,7 @@ def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str =
 
 
 def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype) -> Tensor:
-    """Bytes ``[..., entry_bytes]`` of the entry of keys ``[..., n, D]``, computed in their dtype, stored for ``dtype``."""
+    """Bytes ``[..., entry_bytes]`` of the entry of keys ``[..., n, D]``, as it is stored for keys of ``dtype``."""
     if index_format == "compressed":
         return compress(*page_entry(keys, "directional"), rule)
     parts = [part.to(dtype) for part in page_entry(keys, rule)]
@@ -62,8 +62,8 @@ def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype)
 def decode_index(
     index: Tensor, *, rule: str, dtype: torch.dtype, index_format: str = "exact", head_dim: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The parts of every entry, in the order of :func:`page_entry`: views in ``dtype`` of an exact index, fp32 copies of
-    what a compressed one stands for, which needs to be told ``head_dim``."""
+    """The parts of every entry, in the order of :func:`page_entry`: views in ``dtype`` of an exact index, fp32 copies
+    (the scalar fp64) of what a compressed one stands for, which needs to be told ``head_dim``."""
     if index_format == "compressed":
         if head_dim is None:
             raise ValueError("head_dim: expected the head dimension of a compressed index, got None")
@@ -151,14 +151,14 @@ def compress(mean: Tensor, std: Tensor, rule: str) -> Tensor:
 
 
 def decompress(index: Tensor, rule: str, head_dim: int) -> tuple[Tensor, ...]:
-    """What compressed entries ``[..., entry_bytes]`` stand for, fp32, in the order of :func:`page_entry`."""
-    groups, size = num_groups(head_dim), group_channels(head_dim)
+    """What compressed entries ``[..., entry_bytes]`` stand for, in the order of :func:`page_entry`."""
+    groups = num_groups(head_dim)
     scales = index[..., : 4 * groups].unflatten(-1, (groups, 4))
     v = scales[..., :2].contiguous().view(torch.float16).float()
     s, t = decode_float8(scales[..., 2:3]), decode_float8(scales[..., 3:4])
 
     def codes(begin: int, width: int) -> Tensor:
-        """``[..., groups, size]`` numbers of ``width`` bits, zeros behind the last channel."""
+        """``[..., groups, channels]`` numbers of ``width`` bits, zeros behind the last channel."""
         packed = index[..., begin : begin + head_dim * width // 8].long()
         shifts = torch.arange(0, 8, width, device=index.device)
         return _grouped((packed[..., None] >> shifts & (1 << width) - 1).flatten(-2))
@@ -167,11 +167,10 @@ def decompress(index: Tensor, rule: str, head_dim: int) -> tuple[Tensor, ...]:
         return values.flatten(-2)[..., :head_dim]
 
     code = codes(4 * groups, 4)
-    mean = channels(torch.where(code == 8, v.expand(*code.shape), ((code ^ 8) - 8) * s))
-    assert mean.shape[-1] == head_dim <= groups * size
+    mean = channels(torch.where(code == 8, v, ((code ^ 8) - 8) * s))
     if rule == "mean":
         return (mean,)
     if rule == "unique":
-        return mean, t.squeeze(-1).square().sum(-1).sqrt()
+        return mean, t.squeeze(-1).double().square().sum(-1).sqrt()
     level = codes(4 * groups + head_dim // 2, 2)
     return mean, channels(torch.where(level == 0, torch.minimum(s, t), (level + 1) * t))

@@ -71,22 +71,22 @@ UA_INLINE int64_t decoded_stride(int head_dim) {
   return round_up(RuleT::kVectors * head_dim + RuleT::kScalar, 64 / sizeof(Acc));
 }
 
-// What a compressed entry says, as the exact entry's vectors and scalar.
+// What a compressed entry says, as the exact entry's vectors. Returns the squared scalar.
 template <typename RuleT>
-UA_INLINE void decode_entry(const uint8_t* entry, int head_dim, float* row) {
+UA_INLINE double decode_vectors(const uint8_t* entry, int head_dim, float* row) {
   using V = Vec<float>;
   const std::make_integer_sequence<int, V::kLanes> lanes;
   const int channels = group_channels(head_dim);
   const uint8_t* mean_codes = entry + means_offset(head_dim);
   const uint8_t* std_codes = entry + spreads_offset(head_dim);
-  float squares = 0.f;
+  double squares = 0;
   GroupValues values(GroupScales{0, 0, 0});
   each_vector<float>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
     if (d % channels == 0) {  // a group is whole vectors
       GroupScales scales;
       __builtin_memcpy(&scales, entry + d / channels * sizeof(scales), sizeof(scales));
       values = GroupValues(scales);
-      squares += values.spread * values.spread;
+      if (RuleT::kScalar) squares += double{values.spread} * values.spread;
     }
     const Raw32 codes = unpack_codes<4>(mean_codes + d / 2, part, lanes);
     const V means = (to_floats(codes ^ 8u) - V(8.f)) * V(values.step);
@@ -97,14 +97,21 @@ UA_INLINE void decode_entry(const uint8_t* entry, int head_dim, float* row) {
       store(row + head_dim + d, select(spreads == 0u, V(values.low_spread), stds), part);
     }
   });
-  if constexpr (RuleT::kScalar) row[head_dim] = __builtin_sqrtf(squares);
+  return squares;
+}
+
+template <typename RuleT>
+UA_INLINE void decode_entry(const uint8_t* entry, int head_dim, float* row) {
+  const double squares = decode_vectors<RuleT>(entry, head_dim, row);
+  if constexpr (RuleT::kScalar) row[head_dim] = static_cast<float>(__builtin_sqrt(squares));
 }
 
 template <typename RuleT>
 UA_INLINE void decode_entry(const uint8_t* entry, int head_dim, double* row) {
-  float single[2 * kMaxHeadDim + 1];
-  decode_entry<RuleT>(entry, head_dim, single);
-  for (int i = 0; i < RuleT::kVectors * head_dim + RuleT::kScalar; ++i) row[i] = single[i];
+  float single[2 * kMaxHeadDim];
+  const double squares = decode_vectors<RuleT>(entry, head_dim, single);
+  for (int i = 0; i < RuleT::kVectors * head_dim; ++i) row[i] = single[i];
+  if constexpr (RuleT::kScalar) row[head_dim] = __builtin_sqrt(squares);
 }
 
 }  // namespace UA_ISA

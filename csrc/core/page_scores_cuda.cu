@@ -75,7 +75,7 @@ struct EntryChunk<T, RuleT, true> {
     const GroupValues values(scales);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      a[i] = values.mean(static_cast<int>(mean_codes >> 4 * i & 15 ^ 8) - 8);
+      a[i] = values.mean(static_cast<int>((mean_codes >> 4 * i & 15) ^ 8) - 8);
       if (RuleT::kVectors > 1) b[i] = values.std(std_codes >> 2 * i & 3);
     }
   }

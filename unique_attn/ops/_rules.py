@@ -110,7 +110,8 @@ def decode_index(
     Returns:
         ``mean``: ``(mean,)``; ``unique``: ``(mean, std)`` with ``std`` ``[num_blocks, H, pages_per_block]``;
         ``directional``: ``(mean, std)`` with ``std`` per channel; ``minmax``: ``(max, min)``. Vectors are
-        ``[num_blocks, H, pages_per_block, D]``. Views of an exact index in ``dtype``; fp32 copies of a compressed one.
+        ``[num_blocks, H, pages_per_block, D]``. Views of an exact index in ``dtype``; of a compressed one
+        fp32 copies, of its scalar fp64.
 
     Raises:
         ValueError: unknown rule or format, or a compressed index without ``head_dim``.

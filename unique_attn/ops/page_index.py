@@ -23,9 +23,9 @@ def page_index(
     """Recompute, in place, the entry of every page that holds a token at ``start_lens[b] <= i < seq_lens[b]``.
 
     phi(page) of the rule over the page's tokens (UNIQUE section 3): a partly filled page uses the tokens it has.
-    Statistics are two-pass and accumulated in fp32 (fp64 for fp64), then rounded to the keys' dtype, or compressed. Entries are
-    always computed from the keys, never updated from older entries, so truncating, copying and sharing blocks
-    need no care.
+    Statistics are two-pass and accumulated in fp32 (fp64 for fp64), then rounded to the keys' dtype or compressed.
+    Entries are always computed from the keys, never updated from older entries, so truncating, copying and sharing
+    blocks need no care.
 
     Args:
         k_cache: ``[num_blocks, H, block_size, D]``, any strides with unit channel stride, D a multiple of 8 to 256.
@@ -46,8 +46,9 @@ def page_index(
     """
     info = rule_info(rule)
     reject_grad("page_index", k_cache=k_cache)
+    storage = format_id(index_format, rule)
     torch.ops.unique_attn.page_index(
-        k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id, format_id(index_format, rule)
+        k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id, storage
     )
 
 
