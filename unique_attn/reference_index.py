@@ -50,7 +50,8 @@ def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str =
 def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype) -> Tensor:
     """Bytes ``[..., entry_bytes]`` of the entry of keys ``[..., n, D]``, as it is stored for keys of ``dtype``."""
     if index_format == "compressed":
-        return compress(*page_entry(keys, "directional"), rule)
+        mean, std = page_entry(keys, "directional")
+        return compress(mean, std, rule)
     parts = [part.to(dtype) for part in page_entry(keys, rule)]
     if rule == "unique":
         slot = parts[0].new_zeros((*parts[0].shape[:-1], SCALAR_BYTES // dtype.itemsize))
