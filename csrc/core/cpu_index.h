@@ -55,8 +55,11 @@ UA_INLINE Raw32 unpack_codes(const uint8_t* codes, Part, std::integer_sequence<i
   constexpr int kBytes = kLanes * kWidth / 8 / (std::is_same_v<Part, Half> ? 2 : 1);
   uint64_t bits = 0;
   __builtin_memcpy(&bits, codes, kBytes);
-  const uint32_t words[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-  const Raw32 each = {words[I * kWidth / 32]...};
+  Raw32 each = Raw32{} + static_cast<uint32_t>(bits);
+  if constexpr (kLanes * kWidth > 32) {
+    const Raw32 second = {(I * kWidth >= 32 ? ~0u : 0u)...};
+    each = second ? Raw32{} + static_cast<uint32_t>(bits >> 32) : each;
+  }
   const Raw32 shifts = {(I * kWidth % 32)...};
   return each >> shifts & ((1u << kWidth) - 1);
 }

@@ -60,8 +60,8 @@ def block(results: Sequence[dict[str, Any]]) -> str:
         parts.append(
             f"Formats at S={result['formats']['page_size']} in PyTorch: thousandths of the attention lost against "
             f"exact entries, budgets {' / '.join(map(str, o['budgets']))}, mean of the texts; with the keys as "
-            "they are, and with a channel in each half of every head a hundred times as large, shifted (as a key bias does) or "
-            f"scaled (and the query's as small):\n\n{format_table(result)}"
+            "they are, and with a channel in each half of every head a hundred times as large, shifted (as a key "
+            f"bias does) or scaled (and the query's as small):\n\n{format_table(result)}"
         )
     return "\n".join(parts)
 
