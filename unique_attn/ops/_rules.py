@@ -17,14 +17,16 @@ class RuleInfo:
     """What a caller must know of a rule; what it computes is csrc/core/rules.h."""
 
     id: int  # the op library's enum (csrc/core/types.h)
+    vectors: int  # vectors of D channels in an exact index entry
+    scalar: bool  # whether that also holds one scalar
     spread: float  # default of lambda (`unique`) or c (`directional`); unused by the others
 
 
 RULES: dict[str, RuleInfo] = {
-    "mean": RuleInfo(id=0, spread=0.0),
-    "unique": RuleInfo(id=1, spread=0.5),
-    "directional": RuleInfo(id=2, spread=2.0),
-    "minmax": RuleInfo(id=3, spread=0.0),
+    "mean": RuleInfo(id=0, vectors=1, scalar=False, spread=0.0),
+    "unique": RuleInfo(id=1, vectors=1, scalar=True, spread=0.5),
+    "directional": RuleInfo(id=2, vectors=2, scalar=False, spread=2.0),
+    "minmax": RuleInfo(id=3, vectors=2, scalar=False, spread=0.0),
 }
 INDEX_FORMATS = {name: number for number, name in enumerate(reference_index.INDEX_FORMATS)}  # csrc/core/types.h
 
