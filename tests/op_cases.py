@@ -21,6 +21,8 @@ from unique_attn import reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RULES = list(reference.DEFAULT_SPREAD)
+FORMATS = ["exact", "compressed"]
+INDEXES = [(rule, "exact") for rule in RULES] + [(rule, "compressed") for rule in RULES if rule != "minmax"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUDA_DTYPES = DTYPES[:3]
 PAGE_SIZES = [4, 8, 16, 32, 64]
@@ -58,6 +60,7 @@ class Spec:
     k: int = 4
     dtype: torch.dtype = torch.float32
     rule: str = "directional"
+    index_format: str = "exact"
     window: int = 0
     q_layout: str = "dense"
     cache_layout: str = "heads_first"
@@ -89,7 +92,19 @@ class Case:
 
     @property
     def scoring(self) -> dict[str, Any]:
-        return {"rule": self.spec.rule, "page_size": self.spec.page_size, "window": self.spec.window}
+        return {**self.paging, "window": self.spec.window}
+
+    @property
+    def paging(self) -> dict[str, Any]:
+        return {"rule": self.spec.rule, "page_size": self.spec.page_size, "index_format": self.spec.index_format}
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What tells `decode_index` how to read the index."""
+        spec = self.spec
+        return {
+            "rule": spec.rule, "dtype": spec.dtype, "index_format": spec.index_format, "head_dim": spec.head_dim,
+        }  # fmt: skip
 
     @property
     def attending(self) -> dict[str, Any]:
@@ -162,10 +177,11 @@ def build(spec: Spec, device: str = "cpu") -> Case:
         blocks, slots = table[b, positions // block_size].long(), positions % block_size
         k_cache[blocks, :, slots] = (draw(spec.kv_heads, length, spec.head_dim) + offset).transpose(0, 1)
         v_cache[blocks, :, slots] = draw(length, spec.kv_heads, spec.head_dim)
-    index = reference.new_index(k_cache, rule=spec.rule, page_size=spec.page_size).fill_(0xFF)
+    paging = {"rule": spec.rule, "page_size": spec.page_size, "index_format": spec.index_format}
+    index = reference.new_index(k_cache, **paging).fill_(0xFF)
     reference.page_index(
         k_cache, index, table, torch.zeros_like(seq_lens), seq_lens,
-        max_new_tokens=max([0, *spec.lengths]), rule=spec.rule, page_size=spec.page_size,
+        max_new_tokens=max([0, *spec.lengths]), **paging,
     )  # fmt: skip
     slots = reference.step_slots(table, seq_lens, spec.num_tokens, block_size).view(batch, spec.num_tokens)
     k = k_cache[slots // block_size, :, slots % block_size].contiguous()
@@ -200,6 +216,7 @@ def specs(draw: st.DrawFn, /, **fixed: Any) -> Spec:
     page_size = pick("page_size", st.sampled_from(PAGE_SIZES))
     pages_per_block = pick("pages_per_block", st.integers(1, 4))
     k = pick("k", st.integers(2, 8))
+    rule = pick("rule", st.sampled_from(RULES))
     return Spec(
         page_size=page_size,
         pages_per_block=pages_per_block,
@@ -210,7 +227,8 @@ def specs(draw: st.DrawFn, /, **fixed: Any) -> Spec:
         group=pick("group", st.sampled_from(GROUPS)),
         head_dim=pick("head_dim", st.sampled_from(HEAD_DIMS)),
         dtype=pick("dtype", st.sampled_from(DTYPES)),
-        rule=pick("rule", st.sampled_from(RULES)),
+        rule=rule,
+        index_format=pick("index_format", st.sampled_from(["exact"] if rule == "minmax" else FORMATS)),
         window=pick("window", st.one_of(st.just(0), st.integers(1, 200))),
         q_layout=pick("q_layout", st.sampled_from(Q_LAYOUTS)),
         cache_layout=pick("cache_layout", st.sampled_from(CACHE_LAYOUTS)),
@@ -301,12 +319,12 @@ def assert_step(
     spec = before.spec
     reference.unique_decode(
         before.q, before.k, before.v, before.k_cache, before.v_cache, before.index, before.block_table,
-        before.seq_lens, num_pages, **before.scoring,
+        before.seq_lens, num_pages, **before.scoring, compute_dtype=accumulator(spec.dtype),
     )  # fmt: skip
     assert_same(after.k_cache, before.k_cache, "k_cache")
     assert_same(after.v_cache, before.v_cache, "v_cache")
     for part, expected in zip(
-        *(reference.decode_index(c.index, rule=spec.rule, dtype=spec.dtype) for c in (after, before)), strict=True
+        *(reference.decode_index(c.index, **before.stored) for c in (after, before)), strict=True
     ):
         units = 2 if spec.dtype.itemsize == 2 else 64  # test_page_index has the exact bound
         tolerance = units * torch.finfo(spec.dtype).eps

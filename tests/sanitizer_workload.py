@@ -12,25 +12,26 @@ from unique_attn import ops, train
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def decode_step(dtype: torch.dtype, group: int, head_dim: int, page_size: int, tokens: int, rule: str) -> None:
+def decode_step(
+    dtype: torch.dtype, group: int, head_dim: int, page_size: int, tokens: int, rule: str, index_format: str
+) -> None:
     """One step of two ragged sequences, with few and with many pages selected (one and several splits)."""
     heads, block_size, max_blocks = 2, 2 * page_size, 9
     seq_lens = torch.tensor([8 * block_size + 3, 5], dtype=torch.int32, device="cuda")
     shape = (2 * max_blocks, heads, block_size, head_dim)
     k_cache, v_cache = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
-    index = ops.new_index(k_cache, rule=rule, page_size=page_size)
+    paging = {"rule": rule, "page_size": page_size, "index_format": index_format}
+    index = ops.new_index(k_cache, **paging)
     table = torch.randperm(2 * max_blocks, device="cuda").int().view(2, max_blocks)
     ops.page_index(
         k_cache, index, table, torch.zeros_like(seq_lens), seq_lens,
-        max_new_tokens=9 * block_size, rule=rule, page_size=page_size,
+        max_new_tokens=9 * block_size, **paging,
     )  # fmt: skip
     q = torch.randn(2, tokens, heads * group, head_dim, device="cuda").to(dtype)
     k, v = (torch.randn(2, tokens, heads, head_dim, device="cuda").to(dtype) for _ in range(2))
     for num_pages in (3, 16):
-        ops.unique_decode(
-            q, k, v, k_cache, v_cache, index, table, seq_lens, num_pages, rule=rule, page_size=page_size, window=0
-        )
-    scores = ops.page_scores(q, index, table, seq_lens, rule=rule, page_size=page_size)
+        ops.unique_decode(q, k, v, k_cache, v_cache, index, table, seq_lens, num_pages, **paging, window=0)
+    scores = ops.page_scores(q, index, table, seq_lens, **paging)
     ops.topk_pages(scores, seq_lens, 3, page_size=page_size, block_table=table, pages_per_block=2)
     slots = torch.tensor([0, -1, 5], device="cuda")
     ops.append_kv(q[0, :1, :heads].repeat(3, 1, 1), q[0, :1, :heads].repeat(3, 1, 1), k_cache, v_cache, slots)
@@ -56,7 +57,8 @@ def main() -> None:
     rules = ("mean", "unique", "directional", "minmax")
     for i, (group, head_dim, page_size) in enumerate(shapes):
         for j, dtype in enumerate(DTYPES):
-            decode_step(dtype, group, head_dim, page_size, 1 + 4 * (i % 2), rules[(i + j) % 4])
+            decode_step(dtype, group, head_dim, page_size, 1 + 4 * (i % 2), rules[(i + j) % 4], "exact")
+            decode_step(dtype, group, head_dim, page_size, 1 + 4 * (j % 2), rules[(i + j) % 3], "compressed")
             if dtype != torch.float32 or head_dim <= 128:
                 for mode in ("soft", "hard"):
                     training_step(dtype, group, head_dim, page_size, rules[(i + j) % 3], mode)

@@ -24,14 +24,15 @@ def arguments(name: str, device: str) -> dict[str, Any]:
     case.seq_lens = case.seq_lens.clone()
     caches = {"k_cache": case.k_cache, "v_cache": case.v_cache}
     table = {"block_table": case.block_table, "seq_lens": case.seq_lens}
-    scoring = {"rule": "directional", "page_size": 4, "window": 0}
+    paging = {"rule": "directional", "page_size": 4, "index_format": "exact"}
+    scoring = {**paging, "window": 0}
     if name == "append_kv":
         slots = torch.tensor([5, -1, 0, 9], device=device)
         return {"k": case.k.flatten(0, 1), "v": case.v.flatten(0, 1), **caches, "slot_mapping": slots}
     if name == "page_index":
         starts = torch.zeros_like(case.seq_lens)
         args = {"k_cache": case.k_cache, "index": case.index, **table, "start_lens": starts}
-        return {**args, "max_new_tokens": 61, "rule": "directional", "page_size": 4}
+        return {**args, "max_new_tokens": 61, **paging}
     if name == "page_scores":
         return {"q": case.q, "index": case.index, **table, **scoring}
     if name == "topk_pages":
@@ -116,6 +117,8 @@ def all_bad() -> list[Bad]:
         bad += [Bad(op, "window", value(-1), ("got -1",))]
     for op in ("page_index", "page_scores", "unique_decode"):
         bad += [Bad(op, "rule", value(x), ("mean", "directional", repr(x))) for x in ("quest", "", None, 2)]
+        bad += [Bad(op, "index_format", value(x), ("exact, compressed", repr(x))) for x in ("packed", None, 1)]
+        bad += [Bad(op, "index_format", value("compressed"), ("compressed", "size 16", "got 128"), named="index")]
         bad += bad_tensor(op, "index", "uint8", torch.int32, None)
         bad += [
             Bad(op, "index", lambda x: x[..., :-16].contiguous(), ("expected size 128", "got 112"), note="entry size"),
@@ -270,6 +273,22 @@ def test_new_index_and_entry_size() -> None:
         ops.new_index(cache[0], rule="mean", page_size=4)
     with pytest.raises(ValueError, match=r"^rule: expected"):
         ops.index_entry_bytes("quest", 16, torch.float32)
+    with pytest.raises(ValueError, match=r"^index_format: expected one of exact, compressed, got 'packed'"):
+        ops.new_index(cache, rule="mean", page_size=4, index_format="packed")
+    with pytest.raises(ValueError, match=r"^rule: expected .* for a compressed index, got 'minmax'"):
+        ops.new_index(cache, rule="minmax", page_size=4, index_format="compressed")
+    index = ops.new_index(cache, rule="mean", page_size=4, index_format="compressed")
+    with pytest.raises(ValueError, match=r"^head_dim: expected"):
+        ops.decode_index(index, rule="mean", dtype=torch.float32, index_format="compressed")
+
+
+def test_the_library_refuses_formats_it_does_not_know() -> None:
+    """What the wrappers never pass."""
+    args = arguments("page_scores", "cpu")
+    tensors = [args[name] for name in ("q", "index", "block_table", "seq_lens")]
+    for rule, index_format, named in ((2, 2, "index_format"), (2, -1, "index_format"), (3, 1, "rule")):
+        with pytest.raises(ValueError, match=rf"^page_scores: {named}: expected"):
+            torch.ops.unique_attn.page_scores(*tensors, 4, rule, index_format, 0.0, 0)
 
 
 # ---- UNIQUE_ATTN_CHECK=1: values on the device. ----

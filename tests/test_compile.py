@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES, RULES, Case, Spec, assert_same, build, step
+from op_cases import DEVICES, INDEXES, Case, Spec, assert_same, build, step
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,9 +18,9 @@ OPS = ["append_kv", "page_index", "page_scores", "topk_pages", "sparse_decode", 
 SPEC = Spec((61, 38), num_tokens=2, group=3, page_size=8, dtype=torch.bfloat16)
 
 
-def finite_case(device: str, rule: str = "directional") -> Case:
+def finite_case(device: str, rule: str = "directional", index_format: str = "exact") -> Case:
     """A case without NaN, which opcheck cannot compare."""
-    case = build(Spec(**{**vars(SPEC), "rule": rule}), device)
+    case = build(replace(SPEC, rule=rule, index_format=index_format), device)
     for tensor in (case.k_cache, case.v_cache):
         tensor.nan_to_num_(0.0)
     case.index[case.index == 0xFF] = 0
@@ -34,15 +35,14 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
     starts = torch.zeros_like(case.seq_lens)
     budget = torch.tensor([4, 3], dtype=torch.int32, device=case.q.device)
     table = {"block_table": case.block_table, "seq_lens": case.seq_lens}
-    paging = {"rule": case.spec.rule, "page_size": 8}
     k, v = case.k.flatten(0, 1), case.v.flatten(0, 1)
     caches = (case.k_cache, case.v_cache)
     return {
         "append_kv": lambda: ops.append_kv(k, v, *caches, slots),
         "page_index": lambda: ops.page_index(
-            case.k_cache, case.index, start_lens=starts, max_new_tokens=61, **table, **paging
+            case.k_cache, case.index, start_lens=starts, max_new_tokens=61, **table, **case.paging
         ),
-        "page_scores": lambda: ops.page_scores(case.q, case.index, **table, **paging),
+        "page_scores": lambda: ops.page_scores(case.q, case.index, **table, **case.paging),
         "topk_pages": lambda: ops.topk_pages(scores, case.seq_lens, 4, page_size=8, budget_pages=budget),
         "sparse_decode": lambda: ops.sparse_decode(case.q, *caches, selected, **table, page_size=8, window=40),
         "unique_decode": lambda: step(case, 4, budget_pages=budget),
@@ -82,8 +82,11 @@ def test_opcheck_with_optional_arguments() -> None:
         ops.topk_pages(
             torch.randn(2, 2, 2, 8), case.seq_lens, 4, page_size=8, block_table=case.block_table, pages_per_block=2
         )
-        for rule in RULES:
-            step(finite_case("cpu", rule), 4)
+        for rule, index_format in INDEXES:
+            case = finite_case("cpu", rule, index_format)
+            step(case, 4)
+            calls(case)["page_index"]()
+            calls(case)["page_scores"]()
     for func, args, kwargs in recorder.calls:
         torch.library.opcheck(func, args, kwargs, test_utils=["test_schema", "test_faketensor"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import CUDA_DTYPES, RULES, Case, Spec, assert_same, assert_step, build, step
+from op_cases import CUDA_DTYPES, INDEXES, Case, Spec, assert_same, assert_step, build, step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -18,12 +18,14 @@ def grow(case: Case, n: int, ages: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_replays_equal_eager_while_lengths_grow(rule: str, dtype: torch.dtype, num_tokens: int) -> None:
+def test_replays_equal_eager_while_lengths_grow(
+    rule: str, index_format: str, dtype: torch.dtype, num_tokens: int
+) -> None:
     """Over every page (4), block (8) and budget (16 tokens) border up to 77 tokens, with a budget on the device."""
     ages = (0, 20, 70)
-    spec = Spec((77, 57, 7), num_tokens, 2, 3, 64, 4, 2, dtype=dtype, rule=rule)
+    spec = Spec((77, 57, 7), num_tokens, 2, 3, 64, 4, 2, dtype=dtype, rule=rule, index_format=index_format)
     static = build(spec, "cuda")
     for tensor in (static.k_cache, static.v_cache):
         tensor.fill_(torch.nan)

@@ -101,7 +101,13 @@ def test_attention_of_a_layer_is_that_of_the_oracle(mode, padding):
 
 
 @pytest.mark.parametrize(
-    ("family", "change"), [("llama", {"dense_layers": (0,)}), ("qwen3", {}), ("llama-mha", {"rule": "minmax"})]
+    ("family", "change"),
+    [
+        ("llama", {"dense_layers": (0,)}),
+        ("qwen3", {}),
+        ("llama-mha", {"rule": "minmax"}),
+        ("llama", {"index": "compressed"}),
+    ],
 )
 def test_hard_training_is_decoding(family, change):
     """Teacher-forced logits with the hard mask against decoding the same tokens one by one."""
@@ -433,6 +439,8 @@ def test_bad_arguments():
     ua.enable(tiny(), none_recent, train=ua.TrainConfig(mode="dense"))
     with pytest.raises(ValueError, match=r"config.rule: expected mean, unique or directional with mode 'soft'"):
         trained(config=ua.UniqueConfig(rule="minmax"))
+    with pytest.raises(ValueError, match=r"config.index: expected exact with mode 'soft', got 'compressed'"):
+        trained(config=ua.UniqueConfig(index="compressed"))
     with pytest.raises(ValueError, match="progress: expected a share of the training from 0 to 1, got nan"):
         training.train_state(trained()).update(float("nan"))
     bounds = torch.tensor([0, 5, 10], dtype=torch.int32)

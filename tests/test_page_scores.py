@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from op_cases import (
     DEVICES,
     DTYPES,
-    RULES,
+    INDEXES,
     Case,
     Spec,
     accumulator,
@@ -35,7 +35,7 @@ def run(case: Case, **options: Any) -> Tensor:
 
 def magnitude(case: Case, spread: float | None) -> float:
     """A bound of the sums of absolute terms that make the scores."""
-    parts = reference.decode_index(case.index, rule=case.spec.rule, dtype=case.spec.dtype)
+    parts = reference.decode_index(case.index, **case.stored)
     entry = sum(part.double().nan_to_num(0, 0, 0).abs().amax() for part in parts)
     q = case.q.double().nan_to_num(0, 0, 0).norm(dim=-1).max() if case.q.numel() else 0.0
     return float(q * entry) * case.spec.head_dim**0.5 * max(1.0, spread or 0.0)
@@ -52,22 +52,24 @@ def assert_scores(case: Case, scores: Tensor, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
 @given(data=st.data())
 @examples(25)
-def test_equals_the_oracle(device: str, rule: str, data: st.DataObject) -> None:
-    case = build(data.draw(specs(rule=rule)), device)
+def test_equals_the_oracle(device: str, rule: str, index_format: str, data: st.DataObject) -> None:
+    case = build(data.draw(specs(rule=rule, index_format=index_format)), device)
     spread = data.draw(st.sampled_from([None, 0.0, 0.3, 7.0]), label="spread")
     assert_scores(case.to("cpu"), run(case, spread=spread), spread=spread)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
-def test_long_rows(device: str, rule: str) -> None:
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+def test_long_rows(device: str, rule: str, index_format: str) -> None:
     """Enough pages that the work is cut into pieces, and a budget of query tokens of each size."""
     for dtype, group, tokens in [(torch.bfloat16, 4, 1), (torch.float32, 7, 3), (torch.float16, 3, 16)]:
         lengths = (3000, 17, 2049)
-        case = build(Spec(lengths, tokens, 2, group, 64, 8, 4, dtype=dtype, rule=rule), device)
+        case = build(
+            Spec(lengths, tokens, 2, group, 64, 8, 4, dtype=dtype, rule=rule, index_format=index_format), device
+        )
         assert_scores(case.to("cpu"), run(case))
 
 
@@ -97,16 +99,27 @@ def test_one_head_decides_and_nan_is_kept(device: str, dtype: torch.dtype) -> No
 def write_index(case: Case) -> None:
     ops.page_index(
         case.k_cache, case.index, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
-        max_new_tokens=max(case.spec.lengths), rule=case.spec.rule, page_size=case.spec.page_size,
+        max_new_tokens=max(case.spec.lengths), **case.paging,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_bad_page_does_not_touch_the_others(device: str, rule: str) -> None:
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+def test_a_bad_page_does_not_touch_the_others(device: str, rule: str, index_format: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         for dtype in DTYPES[:3]:
-            case = build(Spec(lengths=(40,), rule=rule, page_size=8, dtype=dtype, group=3, pages_per_block=1), device)
+            case = build(
+                Spec(
+                    lengths=(40,),
+                    rule=rule,
+                    index_format=index_format,
+                    page_size=8,
+                    dtype=dtype,
+                    group=3,
+                    pages_per_block=1,
+                ),
+                device,
+            )
             write_index(case)
             clean = run(case)
             case.k_cache[case.block_table[0, 2].long(), :, 2, 5] = bad
@@ -121,8 +134,8 @@ def test_a_bad_page_does_not_touch_the_others(device: str, rule: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_bad_query_does_not_touch_the_others(device: str) -> None:
-    for rule in RULES:
-        case = build(Spec(lengths=(40, 33), rule=rule, num_tokens=3, kv_heads=2), device)
+    for rule, index_format in INDEXES:
+        case = build(Spec(lengths=(40, 33), rule=rule, index_format=index_format, num_tokens=3, kv_heads=2), device)
         clean = run(case)
         case.q[0, 1, 0] = torch.nan
         scores = run(case)
@@ -148,8 +161,16 @@ def test_empty(device: str) -> None:
     assert run(case).shape == (2, 2, 2, 0)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_threads_do_not_change_bits(rule: str) -> None:
-    spec = Spec(lengths=(1500, 3, 250), rule=rule, page_size=8, head_dim=72, group=3, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+def test_threads_do_not_change_bits(rule: str, index_format: str) -> None:
+    spec = Spec(
+        lengths=(1500, 3, 250),
+        rule=rule,
+        index_format=index_format,
+        page_size=8,
+        head_dim=72,
+        group=3,
+        dtype=torch.bfloat16,
+    )
     case = build(spec)
     assert_threads_agree(lambda: run(case))

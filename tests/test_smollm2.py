@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import unique_attn
-from unique_attn import UniqueConfig
+from unique_attn import UniqueConfig, ops
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
 from unique_attn import evaluate
+from unique_attn.bench._real_keys import RealKeys, capture
+from unique_attn.bench.index_quality import by_ops
 from unique_attn.models import ModelFetchError, load_model
 
 CONTEXT, STEPS = 1200, 12
@@ -29,6 +31,7 @@ class Dense(NamedTuple):
     cache: Any
     decoded: evaluate.Decoded
     logits: torch.Tensor
+    all_ids: torch.Tensor
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def dense() -> Dense:
     text = resources.files("unique_attn").joinpath("data/carrow_head.txt").read_text("utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : CONTEXT + STEPS + 1]
     cache = evaluate.prefill(model, ids[:, :CONTEXT])
-    return Dense(model, ids[:, CONTEXT:], cache, *evaluate.teacher_forced(model, ids[:, CONTEXT:], cache))
+    return Dense(model, ids[:, CONTEXT:], cache, *evaluate.teacher_forced(model, ids[:, CONTEXT:], cache), ids)
 
 
 def sparse(dense: Dense, **settings: Any) -> tuple[evaluate.Decoded, torch.Tensor, list[Any]]:
@@ -73,6 +76,19 @@ def test_small_budget(dense: Dense, record_property):
     print(f"perplexity of {STEPS} tokens: dense {dense.decoded.perplexity:.2f}, 128 tokens {decoded.perplexity:.2f}")
     # The text is far from random to the model either way: a uniform guess would score 49152.
     assert decoded.perplexity < 1000
+
+
+def test_compressed_index(dense: Dense):
+    """Real keys: the selection of a compressed index holds nearly as much attention, and decoding is as close."""
+    tokens = dense.all_ids[:, :CONTEXT]
+    keys = RealKeys.of(*capture(dense.model, tokens, 16), page_size=8)
+    for rule in ("mean", "unique", "directional"):
+        exact, compressed = (by_ops(keys, rule, each, [64, 128, 256], torch.float32) for each in ops.INDEX_FORMATS)
+        print(f"{rule}: mass kept by 64, 128 and 256 tokens, exact {exact}, compressed {compressed}")
+        assert all(b > a - 0.005 for a, b in zip(exact, compressed, strict=True))
+    decoded, _, records = sparse(dense, budget=128, index="compressed")
+    assert len(records) == 30 * STEPS
+    assert decoded.perplexity == pytest.approx(sparse(dense, budget=128)[0].perplexity, rel=0.2)
 
 
 def test_more_budget_is_closer(dense: Dense):

@@ -11,7 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import CUDA_DTYPES, DEVICES, DTYPES, assert_close, assert_same, assert_threads_agree, examples, poisoned
+from op_cases import (
+    CUDA_DTYPES,
+    DEVICES,
+    DTYPES,
+    FORMATS,
+    assert_close,
+    assert_same,
+    assert_threads_agree,
+    examples,
+    poisoned,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_cases import (
@@ -39,20 +49,20 @@ def masked(case: TrainCase, *leaves: Tensor, **options: Any) -> Tensor:
     return train.masked_attention(*args, *case.packing, case.spec.num_pages, **given)
 
 
-def select(case: TrainCase, **options: Any) -> Tensor:
-    spec = case.spec
-    index = train.packed_index(case.k, *case.packing, rule=spec.rule, page_size=spec.page_size)
-    return train.select_pages(case.q, index, *case.packing, spec.num_pages, **{**spec.scoring, **options})
+def select(case: TrainCase, index_format: str = "exact", **options: Any) -> Tensor:
+    spec, stored = case.spec, {"index_format": index_format}
+    index = train.packed_index(case.k, *case.packing, rule=spec.rule, page_size=spec.page_size, **stored)
+    return train.select_pages(case.q, index, *case.packing, spec.num_pages, **{**spec.scoring, **stored, **options})
 
 
-def decode(case: TrainCase, part: slice) -> tuple[Tensor, Tensor]:
+def decode(case: TrainCase, part: slice, index_format: str = "exact") -> tuple[Tensor, Tensor]:
     """Outputs ``[L, Hq, D]`` and selected pages ``[L, H, n]`` of decoding a sequence token by token."""
     spec, length = case.spec, part.stop - part.start
     blocks = -(-length // 64) + 1
     caches = [case.k.new_zeros(blocks, spec.kv_heads, 64, spec.head_dim) for _ in range(2)]
-    index = ops.new_index(caches[0], rule=spec.rule, page_size=spec.page_size)
+    index = ops.new_index(caches[0], rule=spec.rule, page_size=spec.page_size, index_format=index_format)
     table = torch.arange(blocks, device=case.q.device).flip(0).int()[None].contiguous()
-    options = {**spec.scoring, "scale": spec.scale}
+    options = {**spec.scoring, "scale": spec.scale, "index_format": index_format}
     outs, pages = [], []
     for t in range(length):
         q, k, v = (x[part][t][None, None] for x in (case.q, case.k, case.v))
@@ -74,8 +84,10 @@ def test_hard_mode_equals_decoding_token_by_token(device: str, dtype: torch.dtyp
     """The same pages for every token, bit for bit, and outputs within the error of PyTorch in the same precision."""
     rules = st.sampled_from(list(reference.DEFAULT_SPREAD))
     case = build(data.draw(train_specs(dtype=dtype, rule=rules, mode="hard", kv_heads=2)), device)
-    pages, got = select(case), masked(case)
-    steps = [decode(case, part) for part in case.sequences if part.stop > part.start]
+    formats = ["exact"] if case.spec.rule == "minmax" else FORMATS
+    index_format = data.draw(st.sampled_from(formats), label="index_format")
+    pages, got = select(case, index_format), masked(case, index_format=index_format)
+    steps = [decode(case, part, index_format) for part in case.sequences if part.stop > part.start]
     assert_same(pages, torch.cat([step[1] for step in steps]), "selected pages")
     mask = {"pages": pages}
     exact, same = oracle(case, mask)["out"], eager(case, mask)["out"]

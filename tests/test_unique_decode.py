@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from op_cases import (
     CUDA_DTYPES,
     DEVICES,
-    RULES,
+    INDEXES,
     Case,
     Spec,
     assert_same,
@@ -52,9 +52,8 @@ def by_single_ops(case: Case, num_pages: int, **options: Any) -> tuple[Tensor, T
     slots = reference.step_slots(*tables, spec.num_tokens, case.k_cache.shape[2])
     ops.append_kv(case.k.flatten(0, 1), case.v.flatten(0, 1), case.k_cache, case.v_cache, slots)
     starts = (case.seq_lens - spec.num_tokens).clamp(min=0)
-    paging = {"rule": spec.rule, "page_size": spec.page_size}
     ops.page_index(case.k_cache, case.index, case.block_table, starts, case.seq_lens,
-                   max_new_tokens=spec.num_tokens, **paging)  # fmt: skip
+                   max_new_tokens=spec.num_tokens, **case.paging)  # fmt: skip
     scores = ops.page_scores(case.q, case.index, *tables, **case.scoring)
     selecting = {**case.attending, **options}
     pages = ops.topk_pages(scores, case.seq_lens, num_pages, **selecting)
@@ -66,11 +65,11 @@ def by_single_ops(case: Case, num_pages: int, **options: Any) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
 @given(data=st.data())
 @examples(25)
-def test_equals_the_single_ops_and_the_oracle(device: str, rule: str, data: st.DataObject) -> None:
-    case = build(data.draw(specs(rule=rule)), device)
+def test_equals_the_single_ops_and_the_oracle(device: str, rule: str, index_format: str, data: st.DataObject) -> None:
+    case = build(data.draw(specs(rule=rule, index_format=index_format)), device)
     options: dict[str, Any] = {"sink_pages": data.draw(st.integers(0, 2)), "recent_pages": data.draw(st.integers(0, 2))}
     num_pages = max(case.spec.k, options["sink_pages"] + options["recent_pages"])
     if data.draw(st.booleans(), label="budget"):
@@ -107,9 +106,9 @@ def test_without_new_keys(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 def test_budget_beyond_the_context_is_dense_sdpa(device: str, dtype: torch.dtype) -> None:
-    for rule in RULES:
+    for rule, index_format in INDEXES:
         for length in (1, 7, 8, 9, 200):
-            case = build(Spec((length,), 1, 2, 3, 64, 8, 2, dtype=dtype, rule=rule), device)
+            case = build(Spec((length,), 1, 2, 3, 64, 8, 2, dtype=dtype, rule=rule, index_format=index_format), device)
             num_pages = max(2, -(-length // 8)) + 3
             out, _, pages = step(case, num_pages)
             count = -(-length // 8)
@@ -127,10 +126,13 @@ def test_budget_beyond_the_context_is_dense_sdpa(device: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_sequence_decoded_token_by_token(device: str, rule: str) -> None:
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+def test_a_sequence_decoded_token_by_token(device: str, rule: str, index_format: str) -> None:
     """From the first token over page, block and budget borders; two sequences of different age."""
-    final = build(Spec((61, 38), rule=rule, page_size=4, pages_per_block=2, group=3, head_dim=24), device)
+    final = build(
+        Spec((61, 38), rule=rule, index_format=index_format, page_size=4, pages_per_block=2, group=3, head_dim=24),
+        device,
+    )
     case = final.clone()
     case.k_cache.fill_(torch.nan)
     case.v_cache.fill_(torch.nan)
@@ -157,26 +159,28 @@ def test_a_sequence_decoded_token_by_token(device: str, rule: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_scores_equal(device: str) -> None:
-    for rule in RULES:
-        case = build(Spec((160,), rule=rule, page_size=8, dtype=torch.bfloat16), device)
+    for rule, index_format in INDEXES:
+        case = build(Spec((160,), rule=rule, index_format=index_format, page_size=8, dtype=torch.bfloat16), device)
         case.k_cache.fill_(0.5)
         case.k.fill_(0.5)
         ops.page_index(case.k_cache, case.index, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
-                       max_new_tokens=160, rule=rule, page_size=8)  # fmt: skip
+                       max_new_tokens=160, rule=rule, index_format=index_format, page_size=8)  # fmt: skip
         _, _, pages = step(case, 6)
         assert pages.tolist() == [[[[0, 1, 2, 3, 4, 19]] * 2]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-def test_nan_in_a_far_page_does_not_leak(device: str, rule: str, dtype: torch.dtype) -> None:
+def test_nan_in_a_far_page_does_not_leak(device: str, rule: str, index_format: str, dtype: torch.dtype) -> None:
     """A page with a NaN key scores NaN, ranks last, and is not selected while there are others."""
-    case = build(Spec((200,), rule=rule, page_size=8, pages_per_block=1, dtype=dtype, group=3), device)
+    case = build(
+        Spec((200,), rule=rule, index_format=index_format, page_size=8, pages_per_block=1, dtype=dtype, group=3), device
+    )
     case.k_cache[case.block_table[0, 7].long(), :, 2, 3] = torch.nan
     case.v_cache[case.block_table[0, 7].long()] = torch.nan
     ops.page_index(case.k_cache, case.index, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
-                   max_new_tokens=200, rule=rule, page_size=8)  # fmt: skip
+                   max_new_tokens=200, rule=rule, index_format=index_format, page_size=8)  # fmt: skip
     before = case.clone()
     out, lse, pages = step(case, 24)  # of 25 pages: all but the bad one
     assert 7 not in pages.flatten().tolist()
@@ -187,12 +191,16 @@ def test_nan_in_a_far_page_does_not_leak(device: str, rule: str, dtype: torch.dt
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_shared_prefix_equals_own_copies(device: str) -> None:
-    for rule in RULES:
-        case = build(Spec((61, 75, 40), 2, rule=rule, page_size=4, shared=True, seed=4), device)
+    for rule, index_format in INDEXES:
+        case = build(
+            Spec((61, 75, 40), 2, rule=rule, index_format=index_format, page_size=4, shared=True, seed=4), device
+        )
         assert len(set(case.block_table[:, 0].tolist())) == 1
         result = step(case, 5)
         for b in range(3):
-            alone = build(Spec((61, 75, 40), 2, rule=rule, page_size=4, shared=True, seed=4), device)
+            alone = build(
+                Spec((61, 75, 40), 2, rule=rule, index_format=index_format, page_size=4, shared=True, seed=4), device
+            )
             for name in ("q", "k", "v", "block_table", "seq_lens"):
                 setattr(alone, name, getattr(alone, name)[b : b + 1])
             for got, expected in zip(step(alone, 5), result, strict=True):
@@ -224,11 +232,12 @@ def test_empty_batch(device: str) -> None:
 
 ISA_CHECK = """
 import json, os, torch
-from op_cases import DTYPES, GROUPS, RULES, Spec, assert_step, build, step
-for seed in range(32):
+from op_cases import DTYPES, GROUPS, INDEXES, Spec, assert_step, build, step
+for seed in range(35):
+    rule, index_format = INDEXES[seed % 7]
     dim, page_size = [8, 40, 64, 72, 128][seed % 5], [4, 8, 16, 64][seed % 4]
     spec = Spec((300, 37, 1), 1 + seed % 3, 2, GROUPS[seed % 10], dim, page_size,
-                dtype=DTYPES[seed % 3], rule=RULES[seed // 8], seed=seed)
+                dtype=DTYPES[seed % 3], rule=rule, index_format=index_format, seed=seed)
     case = build(spec)
     before = case.clone()
     assert_step(before, case, step(case, 4), 4)
@@ -250,7 +259,9 @@ def test_every_instruction_set(isa: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_context_selection(device: str) -> None:
     """Thousands of pages: the selected ones are the best by the oracle's scores."""
-    for rule in RULES:
-        case = build(Spec((9000, 4100), 1, 2, 4, 64, 8, 2, dtype=torch.bfloat16, rule=rule), device)
+    for rule, index_format in INDEXES:
+        case = build(
+            Spec((9000, 4100), 1, 2, 4, 64, 8, 2, dtype=torch.bfloat16, rule=rule, index_format=index_format), device
+        )
         _, _, pages = step(case, 64)
         assert_selects_best(pages, case, 64)

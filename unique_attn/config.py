@@ -9,7 +9,7 @@ from typing import Any
 
 RULES = ("mean", "unique", "directional", "minmax")
 PAGE_SIZES = (4, 8, 16, 32, 64)
-INDEX_STORAGE = ("exact",)
+INDEX_STORAGE = ("exact", "compressed")
 MAX_PAGES = 4096  # pages that topk_pages can select
 
 
@@ -27,7 +27,8 @@ class UniqueConfig:
         lambda_: weight of the spread in the ``unique`` rule.
         c: standard deviations that the ``directional`` rule adds to the mean.
         block_size: tokens per physical block of the paged storage; a multiple of ``page_size``.
-        index: storage of the page index; ``exact`` keeps it in the keys' dtype.
+        index: storage of the page index: ``exact`` keeps it in the keys' dtype, ``compressed`` in about 7 bits per
+            channel of a page (every rule but ``minmax``; not for training with soft gates).
         dense_below: contexts of fewer tokens use dense attention; ``None`` means ``budget``, below which sparse
             attention would read everything anyway.
         dense_layers: indices of layers that always use dense attention.
@@ -65,6 +66,8 @@ class UniqueConfig:
         self._integer("block_size", 1)
         self._multiple("block_size", self.page_size)
         self._choice("index", INDEX_STORAGE)
+        if self.index == "compressed" and self.rule == "minmax":
+            raise ValueError("UniqueConfig.index: expected exact with rule 'minmax', got 'compressed'")
         if self.dense_below is not None:
             self._integer("dense_below", 0)
         self._layers("dense_layers")

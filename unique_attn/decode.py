@@ -256,7 +256,7 @@ class LayerPages:
         with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
             self.k = torch.empty(shape, dtype=keys.dtype, device=keys.device)
             self.v = torch.empty_like(self.k)
-            self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size)
+            self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
 
     @property
     def device(self) -> torch.device:
@@ -294,6 +294,7 @@ class LayerPages:
             max_new_tokens=k.shape[2],
             rule=self.config.rule,
             page_size=self.config.page_size,
+            index_format=self.config.index,
         )
 
     def gather(self, table: PagedTable, length: int) -> tuple[Tensor, Tensor]:
@@ -346,6 +347,7 @@ class LayerPages:
                 sink_pages=config.sink_pages,
                 recent_pages=config.recent_pages,
                 scale=scale,
+                index_format=config.index,
             )
 
         if num_tokens <= MAX_QUERY_TOKENS:

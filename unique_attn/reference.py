@@ -3,7 +3,7 @@
 The functions have the signatures of :mod:`unique_attn.ops` and two habits of their own: everything is computed
 in ``compute_dtype`` (fp64 by default) whatever the inputs' dtype is, and attention results stay in it, so that a
 kernel's error can be measured against them. Two roundings belong to the definition and are made here too: index
-entries are stored in the keys' dtype, scores in the dtype they are ordered by.
+entries are stored in the keys' dtype or compressed, scores in the dtype they are ordered by.
 
 Nothing here is fast, and nothing here uses the compiled library. Sources: UNIQUE (arXiv 2605.27740) section 3;
 `minmax` is Quest's bound; `directional` is this project's.
@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unique_attn.reference_index import compress, decode_index, encode_entry, new_index, page_entry  # noqa: F401
+
 DEFAULT_SPREAD = {"mean": 0.0, "unique": 0.5, "directional": 2.0, "minmax": 0.0}
-SCALAR_BYTES = 16  # slot of the one scalar that `unique` stores behind its vector
 
 
 # ---- Positions: what a query may see. ----
@@ -64,42 +65,6 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappi
 # ---- The page index. ----
 
 
-def page_entry(keys: Tensor, rule: str) -> tuple[Tensor, ...]:
-    """phi(page) of keys ``[..., n, D]``: two vectors, or one, or a vector and a scalar; not rounded."""
-    mean = keys.mean(-2)
-    var = (keys - mean.unsqueeze(-2)).square().mean(-2)  # two-pass: E[x^2] - E[x]^2 cancels
-    if rule == "mean":
-        return (mean,)
-    if rule == "unique":
-        return mean, var.sum(-1).sqrt()
-    if rule == "directional":
-        return mean, var.sqrt()
-    if rule == "minmax":
-        return keys.amax(-2), keys.amin(-2)
-    raise ValueError(f"rule: expected one of {', '.join(DEFAULT_SPREAD)}, got {rule!r}")
-
-
-def new_index(k_cache: Tensor, *, rule: str, page_size: int) -> Tensor:
-    """Zeroed index ``[num_blocks, H, pages_per_block, entry_bytes]`` of bytes for a paged key cache."""
-    num_blocks, heads, block_size, head_dim = k_cache.shape
-    vectors = 2 if rule in ("directional", "minmax") else 1
-    entry_bytes = vectors * head_dim * k_cache.dtype.itemsize + SCALAR_BYTES * (rule == "unique")
-    shape = (num_blocks, heads, block_size // page_size, entry_bytes)
-    return torch.zeros(shape, dtype=torch.uint8, device=k_cache.device)
-
-
-def decode_index(index: Tensor, *, rule: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Views of the parts of every entry, in the order of :func:`page_entry`."""
-    values: Tensor = index.view(dtype)
-    if rule == "mean":
-        return (values,)
-    if rule == "unique":
-        head_dim = values.shape[-1] - SCALAR_BYTES // dtype.itemsize
-        return values[..., :head_dim], values[..., head_dim]
-    half = values.shape[-1] // 2
-    return values[..., :half], values[..., half:]
-
-
 def page_index(
     k_cache: Tensor,
     index: Tensor,
@@ -110,11 +75,11 @@ def page_index(
     max_new_tokens: int,
     rule: str,
     page_size: int,
+    index_format: str = "exact",
     compute_dtype: torch.dtype = torch.float64,
 ) -> None:
     """Write the entry of every page that holds a token at ``start_lens[b] <= i < seq_lens[b]``."""
     pages_per_block = index.shape[2]
-    parts = decode_index(index, rule=rule, dtype=k_cache.dtype)
     for b, (start, end) in enumerate(zip(start_lens.tolist(), seq_lens.tolist(), strict=True)):
         if start >= end:
             continue
@@ -126,8 +91,7 @@ def page_index(
         pages = torch.arange(first, (end - 1) // page_size + 1, device=k_cache.device)
         blocks, inner = block_table[b, pages // pages_per_block].long(), pages % pages_per_block
         for i, of_page in enumerate(torch.split(keys, page_size, dim=1)):  # the last one may be partly filled
-            for part, value in zip(parts, page_entry(of_page, rule), strict=True):
-                part[blocks[i], :, inner[i]] = value.to(k_cache.dtype)
+            index[blocks[i], :, inner[i]] = encode_entry(of_page, rule, index_format, k_cache.dtype)
 
 
 # ---- Scores. ----
@@ -161,6 +125,7 @@ def page_scores(
     page_size: int,
     spread: float | None = None,
     window: int = 0,
+    index_format: str = "exact",
     compute_dtype: torch.dtype = torch.float64,
     rounded: bool = True,
 ) -> Tensor:
@@ -171,7 +136,7 @@ def page_scores(
     batch, num_tokens, q_heads, head_dim = q.shape
     _, kv_heads, pages_per_block, _ = index.shape
     spread = DEFAULT_SPREAD[rule] if spread is None else spread
-    parts = decode_index(index, rule=rule, dtype=q.dtype)
+    parts = decode_index(index, rule=rule, dtype=q.dtype, index_format=index_format, head_dim=head_dim)
     num_pages = block_table.shape[1] * pages_per_block
     scores = q.new_full((batch, num_tokens, kv_heads, num_pages), -torch.inf, dtype=compute_dtype)
     for b, seq_len in enumerate(seq_lens.tolist()):
@@ -341,6 +306,7 @@ def unique_decode(
     scale: float | None = None,
     window: int = 0,
     budget_pages: Tensor | None = None,
+    index_format: str = "exact",
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One decode step: append, index, score, select, attend. Returns ``out``, ``lse`` and ``pages``."""
@@ -351,11 +317,13 @@ def unique_decode(
     start_lens = (seq_lens - num_tokens).clamp(min=0)
     page_index(
         k_cache, index, block_table, start_lens, seq_lens,
-        max_new_tokens=num_tokens, rule=rule, page_size=page_size, compute_dtype=compute_dtype,
+        max_new_tokens=num_tokens, rule=rule, page_size=page_size, index_format=index_format,
+        compute_dtype=compute_dtype,
     )  # fmt: skip
     scores = page_scores(
         q, index, block_table, seq_lens,
-        rule=rule, page_size=page_size, spread=spread, window=window, compute_dtype=compute_dtype,
+        rule=rule, page_size=page_size, spread=spread, window=window, index_format=index_format,
+        compute_dtype=compute_dtype,
     )  # fmt: skip
     pages = topk_pages(
         scores, seq_lens, num_pages,

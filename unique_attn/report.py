@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unique_attn.bench import _charts, _tables
+from unique_attn.bench import _charts, _quality, _tables
 from unique_attn.bench._tables import table as _table
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
@@ -229,7 +229,8 @@ def replace_block(text: str, block: str, opening: str = BEGIN, closing: str = EN
 
 def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What goes between which markers of the README."""
-    return {"results": render(results), "training results": training(results), **_tables.blocks(results)}
+    first = {"results": render(results), "training results": training(results)}
+    return {**first, "index quality results": _quality.block(results), **_tables.blocks(results)}
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -268,6 +269,7 @@ def main(argv: Sequence[str]) -> int:
             folder = options.readme.parent / FIGURES
             draw(results, folder)
             _charts.draw(results, folder)
+            _quality.draw(results, folder)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -94,7 +94,13 @@ def _extra_pages(page_size: int) -> int:
 
 @torch.no_grad()
 def packed_index(
-    k: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *, rule: str, page_size: int
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    rule: str,
+    page_size: int,
+    index_format: str = "exact",
 ) -> torch.Tensor:
     """The page index of packed keys, by the same op that decoding uses.
 
@@ -106,6 +112,7 @@ def packed_index(
         max_seqlen: host-known upper bound of the sequence lengths.
         rule: name of the scoring rule.
         page_size: tokens per page; pages start at each sequence's start.
+        index_format: ``exact`` or ``compressed``. Soft gates take exact entries only.
 
     Returns:
         uint8 ``[slots, H, 1, entry_bytes]``; page p of sequence b is in slot ``cu_seqlens[b] // page_size + b + p``.
@@ -127,7 +134,7 @@ def packed_index(
     first_slot = page_slots(cu_seqlens, page_size)
     paged[first_slot[sequence] * page_size + position - cu_seqlens[sequence]] = k
     cache = paged.view(slots, page_size, heads, head_dim).transpose(1, 2)
-    index = ops.new_index(cache, rule=rule, page_size=page_size)
+    index = ops.new_index(cache, rule=rule, page_size=page_size, index_format=index_format)
     lengths = cu_seqlens.diff()
     ops.page_index(
         cache,
@@ -138,6 +145,7 @@ def packed_index(
         max_new_tokens=max_seqlen,
         rule=rule,
         page_size=page_size,
+        index_format=index_format,
     )
     return index
 
@@ -155,6 +163,7 @@ def select_pages(
     spread: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
+    index_format: str = "exact",
 ) -> torch.Tensor:
     """The pages that decoding would select for every query, by the ops that decoding uses.
 
@@ -171,6 +180,7 @@ def select_pages(
         spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
         sink_pages: first pages of a sequence, always selected.
         recent_pages: last pages up to the query's own, always selected; at least 1.
+        index_format: what the index was made with.
 
     Returns:
         int32 ``[N, H, num_pages]``, ascending logical pages, then -1.
@@ -201,13 +211,12 @@ def select_pages(
     # A chunk past its sequence's end has no query: length 0.
     seq_lens = torch.where(inside[:, 0], begin + _QUERY_CHUNK, 0).int()
     per_chunk = _QUERY_CHUNK * heads * table.shape[1] * index.shape[2] * ops.score_dtype(q.dtype).itemsize
+    scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread": spread, "index_format": index_format}
     step = max(1, _SCORE_BYTES // max(per_chunk, 1))
     for start in range(0, chunks.shape[0], step):
         part = slice(start, start + step)
         chunk_q = q[rows[part].clamp(max=tokens - 1)]
-        scores = ops.page_scores(
-            chunk_q, index, table[sequence[part]], seq_lens[part], rule=rule, page_size=page_size, spread=spread
-        )
+        scores = ops.page_scores(chunk_q, index, table[sequence[part]], seq_lens[part], **scoring)
         pages = ops.topk_pages(
             scores, seq_lens[part], num_pages, page_size=page_size, sink_pages=sink_pages, recent_pages=recent_pages
         )
@@ -233,6 +242,7 @@ def masked_attention(
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
+    index_format: str = "exact",
 ) -> torch.Tensor:
     """Causal attention over packed sequences with the page mask that training uses, differentiable in q, k and v.
 
@@ -255,6 +265,8 @@ def masked_attention(
         sink_pages: first pages of a sequence, always visible.
         recent_pages: last pages up to the query's own, always visible; at least 1.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
+        index_format: storage of the page index, ``exact`` or ``compressed``; soft mode is differentiated through exact
+            entries and takes no other.
 
     Returns:
         ``[N, Hq, D]``.
@@ -278,13 +290,16 @@ def masked_attention(
     fixed: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages}
     mask: dict[str, Any] = {}
     if mode == "soft":
+        if index_format != "exact":
+            raise ValueError(f"masked_attention: index_format: expected exact for mode 'soft', got {index_format!r}")
         if tau is None:
             raise ValueError("masked_attention: tau: expected a 0-dim float32 tensor for mode 'soft', got None")
         index = packed_index(k, cu_seqlens, max_seqlen, rule=rule, page_size=page_size)
         theta = ops.page_boundary(q, index, cu_seqlens, max_seqlen, num_pages, **scoring, **fixed)
         mask = {"index": index, "theta": theta, "tau": tau}
     elif mode == "hard":
-        index = packed_index(k, cu_seqlens, max_seqlen, rule=rule, page_size=page_size)
-        mask = {"pages": select_pages(q, index, cu_seqlens, max_seqlen, num_pages, **scoring, **fixed)}
+        index = packed_index(k, cu_seqlens, max_seqlen, rule=rule, page_size=page_size, index_format=index_format)
+        selecting = {**scoring, **fixed, "index_format": index_format}
+        mask = {"pages": select_pages(q, index, cu_seqlens, max_seqlen, num_pages, **selecting)}
     out, _ = ops.soft_mask_attention(q, k, v, cu_seqlens, max_seqlen, **mask, **scoring, **fixed, scale=scale)
     return out

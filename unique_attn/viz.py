@@ -2,8 +2,8 @@
 
 :class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
 :func:`plot_selection` draws them in one figure (by step above, by layer and head below), :func:`plot_layers` draws
-every single choice, one panel a layer. :func:`plot_lengths` draws measurements against sequence lengths. Needs
-matplotlib; the rest of the package imports this module only to draw.
+every single choice, one panel a layer. :func:`plot_lengths` draws measurements against sequence lengths,
+:func:`plot_tradeoff` gains against costs. Needs matplotlib; the rest of the package imports this module only to draw.
 """
 
 from __future__ import annotations
@@ -326,6 +326,51 @@ def plot_lengths(
         [handles[i] for i in order], [names[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5),
         frameon=False, fontsize=9, labelcolor=INK,
     )  # fmt: skip
+    figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
+    figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
+    return _save(plt, figure, path)
+
+
+def plot_tradeoff(
+    lines: Mapping[str, Sequence[tuple[float, float, str]]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Path:
+    """Draw what is gained against what it costs, one line a name, the costs by factors of two.
+
+    Args:
+        lines: ``(cost, gain, label)`` of each point, in the order in which they are joined.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        xlabel: what the costs are.
+        ylabel: what the gains are.
+
+    Returns:
+        ``path``.
+    """
+    plt = _pyplot()
+    from matplotlib.ticker import FormatStrFormatter
+
+    figure = plt.figure(figsize=(8.4, 4.8), facecolor=PAPER)
+    ax = figure.add_axes((0.09, 0.12, 0.64, 0.68))
+    for i, (name, points) in enumerate(lines.items()):
+        x, y, labels = zip(*points)
+        ax.plot(x, y, color=HEADS[i % len(HEADS)], marker="o", markersize=4.5, linewidth=1.8, label=name)
+        for at, text in zip(zip(x, y), labels):
+            ax.annotate(text, at, xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=MUTED)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.minorticks_off()
+    ax.grid(axis="y", color=GRID, linewidth=0.7)
+    _style(ax)
+    ax.set_xlabel(xlabel, fontsize=9, color=INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=INK)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=INK)
     figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
     return _save(plt, figure, path)

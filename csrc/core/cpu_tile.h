@@ -6,7 +6,6 @@
 
 #include "cpu_exec.h"
 #include "dispatch.h"
-#include "rules.h"
 #include "simd.h"
 
 #define UA_DISPATCH_CPU_DTYPE(dtype, T, ...)                                                 \

@@ -1,7 +1,7 @@
 // The only switch macros: a runtime enum becomes a type inside the given statement.
 #pragma once
 
-#include "rules.h"
+#include "index_format.h"
 #include "types.h"
 
 #define UA_DISPATCH_RULE(rule, RuleT, ...)          \
@@ -27,6 +27,18 @@
       break;                                        \
     }                                               \
   }
+
+// The rule and whether the index is compressed; not compressed for a rule that has no such entry.
+#define UA_DISPATCH_INDEX(format, rule, RuleT, kCompressed, ...)                       \
+  UA_DISPATCH_RULE(rule, RuleT, {                                                      \
+    if ((format) == ::unique_attn::IndexFormat::kCompressed && RuleT::kCompressible) { \
+      constexpr bool kCompressed = RuleT::kCompressible;                               \
+      __VA_ARGS__;                                                                     \
+    } else {                                                                           \
+      constexpr bool kCompressed = false;                                              \
+      __VA_ARGS__;                                                                     \
+    }                                                                                  \
+  })
 
 // F32, BF16 and F16 are the C++ types of the calling side (CPU or CUDA) for those dtypes.
 #define UA_DISPATCH_DTYPE(dtype, T, F32, BF16, F16, ...) \

@@ -1,6 +1,6 @@
 // One work item is one touched page of one KV head. Its keys are read twice (two-pass variance), the second time from
 // the first-level cache.
-#include "cpu_tile.h"
+#include "cpu_index.h"
 #include "page_index.h"
 
 namespace unique_attn {
@@ -19,9 +19,9 @@ UA_INLINE PageRange touched_pages(const PageIndexParams& p, int b) {
   return {min_of(first, end), end};
 }
 
-// Entry of a page whose keys start at `keys` and lie `stride` elements apart.
-template <typename RuleT, typename T>
-UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_dim, T* entry) {
+// Exact entry, as numbers of type Out, of a page whose keys start at `keys` and lie `stride` elements apart.
+template <typename RuleT, typename T, typename Out>
+UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_dim, Out* entry) {
   using Acc = AccOf<T>;
   using V = Vec<Acc>;
   const V tokens(static_cast<Acc>(count));
@@ -54,13 +54,13 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
     // The whole slot is written, so that equal pages have equal bytes.
     alignas(64) Acc lanes[V::kLanes];
     store(lanes, sqrt(V(sum_lanes(total_var))), Full());
-    T* slot = entry + RuleT::kVectors * head_dim;
+    Out* slot = entry + RuleT::kVectors * head_dim;
     __builtin_memset(slot, 0, kScalarBytes);
     from_scalar(lanes[0], *slot);
   }
 }
 
-template <typename RuleT, typename T>
+template <typename RuleT, typename T, bool kCompressed>
 void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
   const int page_size = p.table.page_size;
   const int pages_per_block = p.table.block_size / page_size;
@@ -94,7 +94,13 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
         uint8_t* entry = p.index.data + blocks[page / pages_per_block] * p.index.stride_block +
                          i % p.num_kv_heads * p.index.stride_head + page % pages_per_block * p.index.stride_page;
         const int count = min_of(page_size, p.table.seq_lens[b] - page * page_size);
-        encode_page<RuleT>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
+        if constexpr (kCompressed) {
+          AccOf<T> statistics[2 * kMaxHeadDim];  // means, then standard deviations
+          encode_page<DirectionalRule>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, statistics);
+          compress_entry<RuleT>(statistics, statistics + p.head_dim, p.head_dim, entry);
+        } else {
+          encode_page<RuleT>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
+        }
       }
       skipped += items;
     }
@@ -105,7 +111,9 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
 
 void page_index_cpu(const PageIndexParams& params, const CpuExecutor& exec) {
   if (params.num_kv_heads == 0) return;
-  UA_DISPATCH_CPU_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, encode_pages<RuleT, T>(params, exec)));
+  UA_DISPATCH_CPU_DTYPE(params.dtype, T,
+                        UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed,
+                                          encode_pages<RuleT, T, kCompressed>(params, exec)));
 }
 
 }  // namespace UA_ISA

@@ -17,7 +17,61 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return sum;
 }
 
-template <typename T, typename RuleT>
+// Largest of the lanes that differ in the bits below `width`, a power of 2.
+__device__ __forceinline__ float group_max(float x, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ float group_sum(float x, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+
+// The compressed entry from one channel per thread; all threads of the block come here. A group of channels is a half or
+// a whole warp.
+template <typename RuleT>
+__device__ __forceinline__ void compress_entry(float mean, float std, int head_dim, uint8_t* entry) {
+  constexpr bool kSpreads = RuleT::kVectors > 1;
+  const int d = threadIdx.x;
+  const bool active = d < head_dim;
+  const int width = group_channels(head_dim);
+  const unsigned ours = __ballot_sync(kFullMask, !active || (isfinite(mean) && isfinite(std)));
+  const unsigned lanes = (width == kWarp ? kFullMask : (1u << width) - 1) << (d % kWarp / width * width);
+  // The lowest channel of those with the largest magnitude is the outlier.
+  const float size = active ? fabsf(mean) : -1.f;
+  const float largest = group_max(size, width);
+  const unsigned equal = __ballot_sync(kFullMask, size == largest) & lanes;
+  const int first = equal != 0 ? __ffs(equal) - 1 : 0;  // none if there is a NaN
+  const float outlier = __shfl_sync(kFullMask, mean, first);
+  const float rest = fmaxf(group_max(d % kWarp == first ? -1.f : size, width), 0.f);
+  const float shown = active ? std : 0.f;
+  const float spread = RuleT::kScalar ? sqrtf(group_sum(shown * shown, width))
+                       : kSpreads     ? group_max(shown, width)
+                                      : 0.f;
+  const bool finite = (ours & lanes) == lanes && isfinite(spread);
+  const GroupScales scales = group_scales(finite, outlier, rest, spread, RuleT::kScalar);
+  const GroupValues values(scales);
+  if (active && d % width == 0) reinterpret_cast<GroupScales*>(entry)[d / width] = scales;
+
+  // Neighbouring lanes put their codes together; head_dim is a multiple of 8, so a byte is written by active lanes.
+  unsigned mean_codes = active ? values.mean_code(mean) & 15 : 0;
+  mean_codes |= __shfl_down_sync(kFullMask, mean_codes, 1) << 4;
+  if (active && d % 2 == 0) entry[means_offset(head_dim) + d / 2] = static_cast<uint8_t>(mean_codes);
+  if (kSpreads) {
+    unsigned std_codes = active ? values.std_code(std) : 0;
+    std_codes |= __shfl_down_sync(kFullMask, std_codes, 1) << 2;
+    std_codes |= __shfl_down_sync(kFullMask, std_codes, 2) << 4;
+    if (active && d % 4 == 0) entry[spreads_offset(head_dim) + d / 4] = static_cast<uint8_t>(std_codes);
+  }
+  // The padding is written too, so that equal pages have equal bytes.
+  constexpr Rule kRule = kSpreads ? Rule::kDirectional : Rule::kMean;
+  const int used = spreads_offset(head_dim) + (kSpreads ? head_dim / 4 : 0);
+  const int end = static_cast<int>(index_entry_bytes(kRule, IndexFormat::kCompressed, DType::kFloat32, head_dim));
+  if (used + d < end) entry[used + d] = 0;
+}
+
+template <typename T, typename RuleT, bool kCompressed>
 __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndexParams p, int pages_per_seq) {
   const int b = blockIdx.x / pages_per_seq;
   const int head = blockIdx.y;
@@ -59,6 +113,10 @@ __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndex
   const int block = p.table.blocks[b * p.table.stride_seq + page / pages_per_block];
   uint8_t* entry = p.index.data + block * p.index.stride_block + head * p.index.stride_head +
                    (page % pages_per_block) * p.index.stride_page;
+  if constexpr (kCompressed) {
+    compress_entry<RuleT>(stats.mean, sqrtf(stats.var), p.head_dim, entry);
+    return;
+  }
   T* vectors = reinterpret_cast<T*>(entry);
   if (active) {
     float vector_a = 0.f, vector_b = 0.f;
@@ -89,8 +147,8 @@ cudaError_t page_index_cuda(const PageIndexParams& params, cudaStream_t stream) 
   const int threads = (params.head_dim + kWarp - 1) / kWarp * kWarp;
   UA_DISPATCH_CUDA_DTYPE(
       params.dtype, T,
-      UA_DISPATCH_RULE(params.rule, RuleT,
-                       page_index_kernel<T, RuleT><<<grid, threads, 0, stream>>>(params, pages_per_seq)));
+      UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed,
+                        page_index_kernel<T, RuleT, kCompressed><<<grid, threads, 0, stream>>>(params, pages_per_seq)));
   return cudaGetLastError();
 }
 

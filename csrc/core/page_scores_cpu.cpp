@@ -1,6 +1,6 @@
 // One work item is a chunk of pages of one sequence and KV head: its entries are read once for all query heads of the
 // group and all query tokens. Heads are the fastest index of the items, so that a thread walks memory block by block.
-#include "cpu_tile.h"
+#include "cpu_index.h"
 #include "page_scores.h"
 
 namespace unique_attn {
@@ -50,9 +50,11 @@ UA_INLINE int64_t num_chunks(PageRange pages) {
   return pages.first < pages.end ? (pages.end - pages.first + kChunk - 1) / kChunk : 1;
 }
 
-template <typename RuleT, typename T>
+// Rows are what the sums read: the entries themselves, or what they decode to.
+template <typename RuleT, typename T, bool kCompressed>
 class PageScorer {
   using Acc = AccOf<T>;
+  using Row = std::conditional_t<kCompressed, Acc, T>;
   using V = Vec<Acc>;
   using Score = typename ScoreInfo<T>::Type;
 
@@ -63,12 +65,15 @@ class PageScorer {
         rows(p.num_query_tokens * group),
         q_stride(static_cast<int>(round_up(p.head_dim, V::kLanes))),
         rule_stride(int64_t{padded_rows(rows)} * kChunk),
-        ahead(max_of(min_of(kAheadBytes / static_cast<int>(RuleT::kVectors * p.head_dim * sizeof(T)), kChunk), 1)),
+        entry_bytes(static_cast<int>(index_entry_bytes(p.rule, p.index.format, p.dtype, p.head_dim))),
+        ahead(max_of(min_of(kAheadBytes / entry_bytes, kChunk), 1)),
+        row_stride(kCompressed ? decoded_stride<RuleT, Acc>(p.head_dim) : 0),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(rows)} * q_stride) + Scratch::padded<Acc>(rows) +
-                Scratch::padded<Acc>(RuleT::kSums * rule_stride)) {
+                Scratch::padded<Acc>(RuleT::kSums * rule_stride) + Scratch::padded<Acc>(row_stride * kChunk)) {
     q = scratch.template take<Acc>(int64_t{padded_rows(rows)} * q_stride);
     q_norms = scratch.template take<Acc>(rows);
     sums = scratch.template take<Acc>(RuleT::kSums * rule_stride);
+    decoded = scratch.template take<Acc>(row_stride * kChunk);
     for (int64_t i = int64_t{rows} * q_stride; i < int64_t{padded_rows(rows)} * q_stride; ++i) q[i] = Acc(0);
   }
 
@@ -80,8 +85,10 @@ class PageScorer {
     if (count <= 0) return;
     load_queries(b, h);
     gather(b, h, first, count, pages.end);
-    sum_all_rows<RuleT, T>(entries, count, q, rows, q_stride, p.head_dim, Ahead<T>{entries + ahead, count, 0},
-                           Sums<Acc>{sums, kChunk, rule_stride});
+    const Row* const* chunk_rows = to_rows(count);
+    sum_all_rows<RuleT, Row>(chunk_rows, count, q, rows, q_stride, p.head_dim,
+                             Ahead<Row>{kCompressed ? nullptr : chunk_rows + ahead, kCompressed ? 0 : count, 0},
+                             Sums<Acc>{sums, kChunk, rule_stride});
     for (int t = 0; t < p.num_query_tokens; ++t) finish_token(b, t, h, first, count);
     __builtin_memmove(entries, entries + count, located_count * sizeof(entries[0]));
   }
@@ -133,8 +140,7 @@ class PageScorer {
       located_first = first;
       located_count = count;
       for (int i = 0; i < count; ++i) {
-        const auto* entry = reinterpret_cast<const uint8_t*>(entries[i]);
-        entries[count + i] = reinterpret_cast<const T*>(entry + p.index.stride_head);
+        entries[count + i] = entries[i] + p.index.stride_head;
       }
     } else {
       located_h = 0;
@@ -145,14 +151,29 @@ class PageScorer {
     for (int i = count + located_count; i < count + ahead + kMaxTile; ++i) entries[i] = entries[i - 1];
   }
 
-  UA_INLINE void locate(const int32_t* blocks, int h, int first, int count, const T** to) const {
+  UA_INLINE void locate(const int32_t* blocks, int h, int first, int count, const uint8_t** to) const {
     const int pages_per_block = p.table.block_size / p.table.page_size;
     const uint8_t* const data = p.index.data + h * p.index.stride_head;
     for (int i = 0; i < count; ++i) {
       const int page = first + i;
-      to[i] = reinterpret_cast<const T*>(data + blocks[page / pages_per_block] * p.index.stride_block +
-                                         page % pages_per_block * p.index.stride_page);
+      to[i] =
+          data + blocks[page / pages_per_block] * p.index.stride_block + page % pages_per_block * p.index.stride_page;
     }
+  }
+
+  // The chunk's entries as rows, and behind them those that whole tiles and prefetches may touch.
+  UA_INLINE const Row* const* to_rows(int count) {
+    if constexpr (kCompressed) {
+      for (int i = 0; i < count; ++i) {
+        for (int byte = 0; byte < entry_bytes; byte += 64) __builtin_prefetch(entries[i + ahead] + byte);
+        decode_entry<RuleT>(entries[i], p.head_dim, decoded + i * row_stride);
+        chunk[i] = decoded + i * row_stride;
+      }
+      for (int i = count; i < count + kMaxTile; ++i) chunk[i] = chunk[i - 1];
+    } else {
+      for (int i = 0; i < count + ahead + kMaxTile; ++i) chunk[i] = reinterpret_cast<const T*>(entries[i]);
+    }
+    return chunk;
   }
 
   // Scores of one query token from the sums of its heads.
@@ -163,7 +184,7 @@ class PageScorer {
     if (begin >= end) return;
     alignas(64) Acc scalars[kChunk];
     if constexpr (RuleT::kScalar) {
-      for (int i = 0; i < count; ++i) scalars[i] = to_scalar(entries[i][RuleT::kVectors * p.head_dim]);
+      for (int i = 0; i < count; ++i) scalars[i] = to_scalar(chunk[i][RuleT::kVectors * p.head_dim]);
       for (int i = count; i < kChunk; ++i) scalars[i] = Acc(0);
     }
     const V spread(static_cast<Acc>(p.spread));
@@ -188,26 +209,30 @@ class PageScorer {
   const int rows;
   const int q_stride;
   const int64_t rule_stride;
-  const int ahead;  // entries from a prefetch to its use
+  const int entry_bytes;
+  const int ahead;           // entries from a prefetch to its use
+  const int64_t row_stride;  // of decoded entries
   Scratch scratch;
   Acc* q;        // [rows][q_stride]
   Acc* q_norms;  // [rows]
   Acc* sums;     // [kSums][rows][kChunk]
-  const T* entries[2 * kChunk + kMaxTile];
-  int located_b = -1;  // the item whose entries are already in `entries`
+  Acc* decoded;  // [kChunk][row_stride]
+  const uint8_t* entries[2 * kChunk + kMaxTile];
+  const Row* chunk[2 * kChunk + kMaxTile];  // the rows of the item at hand
+  int located_b = -1;                       // the item whose entries are already in `entries`
   int located_h;
   int located_first;
   int located_count;
   alignas(64) Acc norm_lanes[V::kLanes];
 };
 
-template <typename RuleT, typename T>
+template <typename RuleT, typename T, bool kCompressed>
 void score(const PageScoresParams& p, const CpuExecutor& exec) {
   int64_t total = 0;
   for (int b = 0; b < p.batch; ++b) total += num_chunks(sequence_pages(p, b)) * p.num_kv_heads;
   const int64_t work = int64_t{kChunk} * p.num_query_tokens * (p.num_q_heads / p.num_kv_heads) * p.head_dim;
   parallel_for(exec, total, grain_for(work), [&](int64_t begin, int64_t end) {
-    PageScorer<RuleT, T> scorer(p);
+    PageScorer<RuleT, T, kCompressed> scorer(p);
     int64_t skipped = 0;  // items of the sequences before b
     for (int b = 0; b < p.batch && skipped < end; ++b) {
       const PageRange pages = sequence_pages(p, b);
@@ -226,7 +251,9 @@ void score(const PageScoresParams& p, const CpuExecutor& exec) {
 
 void page_scores_cpu(const PageScoresParams& params, const CpuExecutor& exec) {
   if (params.num_query_tokens == 0 || params.num_kv_heads == 0) return;
-  UA_DISPATCH_CPU_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, score<RuleT, T>(params, exec)));
+  UA_DISPATCH_CPU_DTYPE(params.dtype, T,
+                        UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed,
+                                          score<RuleT, T, kCompressed>(params, exec)));
 }
 
 }  // namespace UA_ISA

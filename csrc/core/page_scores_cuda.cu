@@ -33,8 +33,62 @@ __device__ __forceinline__ int half_offset(int row, int half, int chunk, int num
   return ((row * 2 + half) * num_chunks + chunk) * 4;
 }
 
+// A chunk of 8 channels of an entry's vectors, kept raw until used, so that many loads can be in flight at once.
+template <typename T, typename RuleT, bool kCompressed>
+struct EntryChunk {
+  Vec8<T> raw_a, raw_b;
+  __device__ __forceinline__ void zero() {
+    raw_a.zero();
+    raw_b.zero();
+  }
+  __device__ __forceinline__ void load(const uint8_t* entry, int head_dim, int chunk) {
+    const T* vectors = reinterpret_cast<const T*>(entry);
+    raw_a.load(vectors + chunk * 8);
+    if (RuleT::kVectors > 1) raw_b.load(vectors + head_dim + chunk * 8);
+  }
+  __device__ __forceinline__ void unpack(float (&a)[8], float (&b)[8]) const {
+    raw_a.unpack(a);
+    if (RuleT::kVectors > 1) raw_b.unpack(b);
+  }
+  static __device__ __forceinline__ float scalar(const uint8_t* entry, int head_dim) {
+    return to_float(reinterpret_cast<const T*>(entry)[RuleT::kVectors * head_dim]);
+  }
+};
+
+template <typename T, typename RuleT>
+struct EntryChunk<T, RuleT, true> {
+  GroupScales scales;
+  uint32_t mean_codes;
+  uint32_t std_codes;
+  __device__ __forceinline__ void zero() {
+    scales = {0, 0, 0};
+    mean_codes = std_codes = 0;
+  }
+  __device__ __forceinline__ void load(const uint8_t* entry, int head_dim, int chunk) {
+    scales = reinterpret_cast<const GroupScales*>(entry)[chunk * 8 / group_channels(head_dim)];
+    mean_codes = reinterpret_cast<const uint32_t*>(entry + means_offset(head_dim))[chunk];
+    if (RuleT::kVectors > 1) std_codes = reinterpret_cast<const uint16_t*>(entry + spreads_offset(head_dim))[chunk];
+  }
+  __device__ __forceinline__ void unpack(float (&a)[8], float (&b)[8]) const {
+    const GroupValues values(scales);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      a[i] = values.mean(static_cast<int>((mean_codes >> 4 * i & 15) ^ 8) - 8);
+      if (RuleT::kVectors > 1) b[i] = values.std(std_codes >> 2 * i & 3);
+    }
+  }
+  static __device__ __forceinline__ float scalar(const uint8_t* entry, int head_dim) {
+    float squares = 0.f;
+    for (int group = 0; group < num_groups(head_dim); ++group) {
+      const float spread = decode_float8(reinterpret_cast<const GroupScales*>(entry)[group].spread);
+      squares += spread * spread;
+    }
+    return sqrtf(squares);
+  }
+};
+
 // CPL: chunks per lane.
-template <typename T, typename RuleT, int CPL>
+template <typename T, typename RuleT, bool kCompressed, int CPL>
 __global__ void __launch_bounds__(kThreads)
     page_scores_kernel(const PageScoresParams p, int tokens_per_tile, int num_tiles, int pages_per_cta) {
   extern __shared__ __align__(16) float shared[];
@@ -107,33 +161,23 @@ __global__ void __launch_bounds__(kThreads)
     const bool visible = in_row && page >= first_page && page < last.end;
     if (__all_sync(kFullMask, !visible) && !p.fill_outside) continue;
 
-    Vec8<T> raw_a[CPL], raw_b[CPL];
+    EntryChunk<T, RuleT, kCompressed> raw[CPL];
     float scalar = 0.f;
 #pragma unroll
-    for (int i = 0; i < CPL; ++i) {
-      raw_a[i].zero();
-      raw_b[i].zero();
-    }
+    for (int i = 0; i < CPL; ++i) raw[i].zero();
     if (visible) {
       const uint8_t* entry = p.index.data + table[page / pages_per_block] * p.index.stride_block +
                              head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
-      const T* vectors = reinterpret_cast<const T*>(entry);
 #pragma unroll
       for (int i = 0; i < CPL; ++i) {
         const int chunk = lane + i * kLanes;
-        if (chunk < num_chunks) {
-          raw_a[i].load(vectors + chunk * 8);
-          if (RuleT::kVectors > 1) raw_b[i].load(vectors + p.head_dim + chunk * 8);
-        }
+        if (chunk < num_chunks) raw[i].load(entry, p.head_dim, chunk);
       }
-      if (RuleT::kScalar) scalar = to_float(vectors[RuleT::kVectors * p.head_dim]);
+      if (RuleT::kScalar) scalar = EntryChunk<T, RuleT, kCompressed>::scalar(entry, p.head_dim);
     }
     float a[CPL][8], c[CPL][8];
 #pragma unroll
-    for (int i = 0; i < CPL; ++i) {
-      raw_a[i].unpack(a[i]);
-      if (RuleT::kVectors > 1) raw_b[i].unpack(c[i]);
-    }
+    for (int i = 0; i < CPL; ++i) raw[i].unpack(a[i], c[i]);
 
     for (int t = 0; t < num_tokens; ++t) {
       float best = -INFINITY;
@@ -172,7 +216,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, typename RuleT, int CPL>
+template <typename T, typename RuleT, bool kCompressed, int CPL>
 cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
   const size_t bytes_per_token = size_t(group) * (p.head_dim + 1) * sizeof(float);
@@ -181,7 +225,8 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
   const int chunk = plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, num_sms);
   const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  page_scores_kernel<T, RuleT, CPL><<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
+  page_scores_kernel<T, RuleT, kCompressed, CPL>
+      <<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
   return cudaGetLastError();
 }
 
@@ -198,10 +243,10 @@ cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream
   }
   const int chunks_per_lane = (params.head_dim / 8 + kLanes - 1) / kLanes;
   static_assert(kMaxChunks == 4, "the launch below covers 1 to 4 chunks per lane");
-  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_RULE(params.rule, RuleT, {
-                           error = chunks_per_lane == 1   ? launch<T, RuleT, 1>(params, num_sms, stream)
-                                   : chunks_per_lane == 2 ? launch<T, RuleT, 2>(params, num_sms, stream)
-                                                          : launch<T, RuleT, 4>(params, num_sms, stream);
+  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
+                           error = chunks_per_lane == 1   ? launch<T, RuleT, kCompressed, 1>(params, num_sms, stream)
+                                   : chunks_per_lane == 2 ? launch<T, RuleT, kCompressed, 2>(params, num_sms, stream)
+                                                          : launch<T, RuleT, kCompressed, 4>(params, num_sms, stream);
                          }));
   return error;
 }

@@ -2,6 +2,7 @@
 //   phi     what the index entry of a page holds: up to two vectors and one scalar (encode)
 //   psi     how one channel of a query meets one channel of an entry (accumulate)
 //   h       how the two accumulated sums become a score (finish)
+// index_format.h says how an entry is stored.
 // Every kernel, CPU and CUDA, is a template over this type: a new rule is a new struct here, a case
 // in dispatch.h and a name in csrc/ops/arguments.h. Acc is a number or a SIMD vector of them (simd.h), so the
 // parts use only + * sqrt, comparisons and select.
@@ -32,6 +33,7 @@ struct MeanRule {
   static constexpr int kVectors = 1;
   static constexpr int kSums = 1;  // u, or u and v
   static constexpr bool kScalar = false;
+  static constexpr bool kCompressible = true;
   template <typename Acc>
   UA_HD static void encode(const ChannelStats<Acc>& s, Acc& a, Acc&) {
     a = s.mean;
@@ -51,6 +53,7 @@ struct UniqueRule {
   static constexpr int kVectors = 1;
   static constexpr int kSums = 1;
   static constexpr bool kScalar = true;
+  static constexpr bool kCompressible = true;
   template <typename Acc>
   UA_HD static void encode(const ChannelStats<Acc>& s, Acc& a, Acc&) {
     a = s.mean;
@@ -71,6 +74,7 @@ struct DirectionalRule {
   static constexpr int kVectors = 2;
   static constexpr int kSums = 2;
   static constexpr bool kScalar = false;
+  static constexpr bool kCompressible = true;
   template <typename Acc>
   UA_HD static void encode(const ChannelStats<Acc>& s, Acc& a, Acc& b) {
     a = s.mean;
@@ -93,6 +97,7 @@ struct MinMaxRule {
   static constexpr int kVectors = 2;
   static constexpr int kSums = 1;
   static constexpr bool kScalar = false;
+  static constexpr bool kCompressible = false;
   template <typename Acc>
   UA_HD static void encode(const ChannelStats<Acc>& s, Acc& a, Acc& b) {
     a = s.max;
@@ -107,15 +112,5 @@ struct MinMaxRule {
     return u;
   }
 };
-
-// Exact storage of an entry: vector a, then vector b, then the scalar in a 16-byte slot, all in the
-// keys' dtype. D is a multiple of 8, so every part starts on a 16-byte boundary.
-constexpr size_t kScalarBytes = 16;
-
-UA_HD int rule_vectors(Rule rule) { return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1; }
-
-UA_HD size_t index_entry_bytes(Rule rule, DType dtype, int head_dim) {
-  return rule_vectors(rule) * head_dim * dtype_size(dtype) + (rule == Rule::kUnique ? kScalarBytes : 0);
-}
 
 }  // namespace unique_attn

@@ -19,6 +19,9 @@ enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // Page-scoring rules; rules.h defines what each one computes.
 enum class Rule : int { kMean, kUnique, kDirectional, kMinMax };
 
+// How the index stores the entries of a rule; index_format.h has the bytes.
+enum class IndexFormat : int { kExact, kCompressed };
+
 constexpr int kMaxGroup = 16;        // query heads per KV head
 constexpr int kMaxQueryTokens = 16;  // query tokens per sequence in one decode step
 constexpr int kMaxHeadDim = 256;
@@ -50,6 +53,7 @@ struct IndexView {
   int64_t stride_block;
   int64_t stride_head;
   int64_t stride_page;
+  IndexFormat format;
 };
 
 // Where the tokens of each sequence are. Entries of `blocks` past a sequence's last token are

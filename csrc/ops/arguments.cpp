@@ -1,6 +1,6 @@
 #include "arguments.h"
 
-#include "rules.h"
+#include "index_format.h"
 
 namespace unique_attn {
 namespace {
@@ -180,13 +180,21 @@ PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-IndexView Arguments::index(const Tensor& index, Rule rule, DType dtype, int64_t num_blocks, int64_t heads,
+IndexView Arguments::index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,
                            int64_t head_dim) const {
+  if (index_format < 0 || index_format > static_cast<int64_t>(IndexFormat::kCompressed)) {
+    fail(op_, "index_format", "expected 0 (exact) or 1 (compressed), got ", index_format);
+  }
+  const auto format = static_cast<IndexFormat>(index_format);
+  if (format == IndexFormat::kCompressed && rule == Rule::kMinMax) {
+    fail(op_, "rule", "expected mean, unique or directional for a compressed index, got minmax");
+  }
   tensor("index", index, ScalarType::Byte, 4);
   if (num_blocks >= 0) size("index", index, 0, num_blocks, "the cache's blocks");
   size("index", index, 1, heads, "KV heads");
-  size("index", index, 3, static_cast<int64_t>(index_entry_bytes(rule, dtype, static_cast<int>(head_dim))),
-       "bytes of an entry of this rule, head dimension and dtype");
+  size("index", index, 3, static_cast<int64_t>(index_entry_bytes(rule, format, dtype_, static_cast<int>(head_dim))),
+       format == IndexFormat::kExact ? "bytes of an exact entry of this rule, head dimension and dtype"
+                                     : "bytes of a compressed entry of this rule and head dimension");
   if (index.numel() > 0) {
     bool aligned = reinterpret_cast<uintptr_t>(index.data_ptr()) % 16 == 0 && index.stride(3) == 1;
     for (int dim = 0; dim < 3; ++dim) aligned = aligned && (index.size(dim) == 1 || index.stride(dim) % 16 == 0);
@@ -197,7 +205,7 @@ IndexView Arguments::index(const Tensor& index, Rule rule, DType dtype, int64_t 
            stride_string(index));
     }
   }
-  return {static_cast<uint8_t*>(index.data_ptr()), index.stride(0), index.stride(1), index.stride(2)};
+  return {static_cast<uint8_t*>(index.data_ptr()), index.stride(0), index.stride(1), index.stride(2), format};
 }
 
 Rule Arguments::rule(int64_t rule) const {

@@ -1,4 +1,4 @@
-// The schema table: the one place where the ops get their names and signatures. `rule` is Rule of types.h.
+// The schema table: the one place where the ops get their names and signatures. `rule` and `index_format` are Rule and IndexFormat of types.h.
 #include "ops.h"
 #include "training.h"
 
@@ -6,10 +6,10 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "page_index(Tensor k_cache, Tensor(a!) index, Tensor block_table, Tensor start_lens, Tensor seq_lens, "
-      "int max_new_tokens, int page_size, int rule) -> ()");
+      "int max_new_tokens, int page_size, int rule, int index_format) -> ()");
   m.def(
       "page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int page_size, int rule, "
-      "float spread, int window) -> Tensor");
+      "int index_format, float spread, int window) -> Tensor");
   m.def(
       "topk_pages(Tensor scores, Tensor seq_lens, int k, int page_size, int sink_pages, int recent_pages, "
       "int window, Tensor? budget_pages, Tensor? block_table, int pages_per_block) -> Tensor");
@@ -18,8 +18,9 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "int page_size, float scale, int window) -> (Tensor, Tensor)");
   m.def(
       "unique_decode(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
-      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, float spread, int sink_pages, "
-      "int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, Tensor, Tensor)");
+      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, float "
+      "spread, int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
       "float spread, int sink_pages, int recent_pages) -> Tensor");

@@ -39,10 +39,11 @@ AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Ten
                                const Tensor& v_cache, const int64_t* slots, const PageTable& table);
 PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, const Tensor& index,
                                  const Tensor& block_table, const std::optional<Tensor>& start_lens,
-                                 const Tensor& seq_lens, int64_t max_new_tokens, int64_t page_size, int64_t rule);
+                                 const Tensor& seq_lens, int64_t max_new_tokens, int64_t page_size, int64_t rule,
+                                 int64_t index_format);
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
-                                   double spread, int64_t window);
+                                   int64_t index_format, double spread, int64_t window);
 // `k_name` is what the op calls k.
 TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens,
                                  const char* k_name, int64_t k, int64_t page_size, int64_t sink_pages,
@@ -56,9 +57,9 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
 
 void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping);
 void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_lens, Tensor seq_lens,
-                int64_t max_new_tokens, int64_t page_size, int64_t rule);
+                int64_t max_new_tokens, int64_t page_size, int64_t rule, int64_t index_format);
 Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
-                   double spread, int64_t window);
+                   int64_t index_format, double spread, int64_t window);
 Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, int64_t sink_pages,
                   int64_t recent_pages, int64_t window, std::optional<Tensor> budget_pages,
                   std::optional<Tensor> block_table, int64_t pages_per_block);
@@ -67,7 +68,8 @@ std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cach
 std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
                                                  Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
                                                  Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
-                                                 double spread, int64_t sink_pages, int64_t recent_pages, double scale,
-                                                 int64_t window, std::optional<Tensor> budget_pages);
+                                                 int64_t index_format, double spread, int64_t sink_pages,
+                                                 int64_t recent_pages, double scale, int64_t window,
+                                                 std::optional<Tensor> budget_pages);
 
 }  // namespace unique_attn

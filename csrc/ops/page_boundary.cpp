@@ -26,7 +26,8 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
   if (index.size(0) < slots) {
     fail(args.op(), "index", "expected at least ", slots, " page slots in dimension 0, got ", index.size(0));
   }
-  return args.index(index, rule, args.dtype(), -1, num_kv_heads, head_dim);
+  // Gradients reach the keys through exact entries only.
+  return args.index(index, static_cast<int64_t>(IndexFormat::kExact), rule, -1, num_kv_heads, head_dim);
 }
 
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,

@@ -4,13 +4,14 @@ namespace unique_attn {
 
 PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, const Tensor& index,
                                  const Tensor& block_table, const std::optional<Tensor>& start_lens,
-                                 const Tensor& seq_lens, int64_t max_new_tokens, int64_t page_size, int64_t rule) {
+                                 const Tensor& seq_lens, int64_t max_new_tokens, int64_t page_size, int64_t rule,
+                                 int64_t index_format) {
   PageIndexCall call;
   PageIndexParams& p = call.params;
   p.dtype = args.dtype();
   p.rule = args.rule(rule);
   p.k_cache = args.cache("k_cache", k_cache);
-  p.index = args.index(index, p.rule, p.dtype, k_cache.size(0), k_cache.size(1), k_cache.size(3));
+  p.index = args.index(index, index_format, p.rule, k_cache.size(0), k_cache.size(1), k_cache.size(3));
   const int64_t batch = seq_lens.dim() == 1 ? seq_lens.size(0) : 0;
   p.table = args.table(block_table, seq_lens, batch, k_cache.size(2), page_size);
   args.size("index", index, 2, k_cache.size(2) / page_size, "pages of a block");
@@ -33,11 +34,11 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
 }
 
 void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_lens, Tensor seq_lens,
-                int64_t max_new_tokens, int64_t page_size, int64_t rule) {
+                int64_t max_new_tokens, int64_t page_size, int64_t rule, int64_t index_format) {
   constexpr const char* kOp = "page_index";
   const Arguments args(kOp, "k_cache", k_cache);
-  const PageIndexCall call =
-      prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, rule);
+  const PageIndexCall call = prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens, max_new_tokens,
+                                                page_size, rule, index_format);
   Runner(kOp, k_cache).run(call.params, page_index_cpu, UA_CUDA(page_index_cuda));
 }
 

@@ -4,7 +4,7 @@ namespace unique_attn {
 
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
-                                   double spread, int64_t window) {
+                                   int64_t index_format, double spread, int64_t window) {
   PageScoresCall call;
   PageScoresParams& p = call.params;
   p.dtype = args.dtype();
@@ -15,7 +15,7 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   args.range("window", window, 0, INT32_MAX);
   args.tensor("index", index, ScalarType::Byte, 4);
   args.groups(q.size(2), index.size(1));
-  p.index = args.index(index, p.rule, p.dtype, -1, index.size(1), q.size(3));
+  p.index = args.index(index, index_format, p.rule, -1, index.size(1), q.size(3));
   args.page_size(page_size);
   p.table = args.table(block_table, seq_lens, q.size(0), index.size(2) * page_size, page_size);
   if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, index.size(2) * page_size, index.size(0));
@@ -35,11 +35,11 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
 }
 
 Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
-                   double spread, int64_t window) {
+                   int64_t index_format, double spread, int64_t window) {
   constexpr const char* kOp = "page_scores";
   const Arguments args(kOp, "q", q);
   const PageScoresCall call =
-      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, spread, window);
+      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
   Runner(kOp, q).run(call.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
   return call.scores;
 }

@@ -5,8 +5,9 @@ namespace unique_attn {
 std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
                                                  Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
                                                  Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
-                                                 double spread, int64_t sink_pages, int64_t recent_pages, double scale,
-                                                 int64_t window, std::optional<Tensor> budget_pages) {
+                                                 int64_t index_format, double spread, int64_t sink_pages,
+                                                 int64_t recent_pages, double scale, int64_t window,
+                                                 std::optional<Tensor> budget_pages) {
   constexpr const char* kOp = "unique_decode";
   const Arguments args(kOp, "q", q);
   if (k.has_value() != v.has_value()) {
@@ -14,10 +15,11 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
   }
 
   // All checks and allocations first, in the order the data flows.
-  PageScoresCall scoring = prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, spread, window);
+  PageScoresCall scoring =
+      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
   scoring.params.fill_outside = false;  // topk_pages reads visible pages only
-  PageIndexCall indexing =
-      prepare_page_index(args, k_cache, index, block_table, std::nullopt, seq_lens, q.size(1), page_size, rule);
+  PageIndexCall indexing = prepare_page_index(args, k_cache, index, block_table, std::nullopt, seq_lens, q.size(1),
+                                              page_size, rule, index_format);
   const Arguments score_args(kOp, "scores", scoring.scores);
   const TopkPagesCall selection =
       prepare_topk_pages(score_args, scoring.scores, seq_lens, "num_pages", num_pages, page_size, sink_pages,

@@ -4,7 +4,7 @@ Decoding: append -> index -> scores -> top-k -> attention. Training: index -> bo
 """
 
 from unique_attn.ops._autograd import NotDifferentiableError
-from unique_attn.ops._rules import RULES, decode_index, index_entry_bytes, new_index
+from unique_attn.ops._rules import INDEX_FORMATS, RULES, decode_index, index_entry_bytes, new_index
 from unique_attn.ops.append_kv import append_kv
 from unique_attn.ops.page_boundary import page_boundary
 from unique_attn.ops.page_index import page_index
@@ -15,6 +15,7 @@ from unique_attn.ops.topk_pages import topk_pages
 from unique_attn.ops.unique_decode import unique_decode
 
 __all__ = [
+    "INDEX_FORMATS",
     "RULES",
     "NotDifferentiableError",
     "append_kv",

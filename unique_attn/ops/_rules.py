@@ -1,4 +1,4 @@
-"""Names, defaults and sizes of the page-scoring rules, shared by every op wrapper."""
+"""Names, defaults and sizes of the page-scoring rules and index formats, shared by every op wrapper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from unique_attn import reference_index
 from unique_attn._load import load_library
 
 load_library()
@@ -16,8 +17,8 @@ class RuleInfo:
     """What a caller must know of a rule; what it computes is csrc/core/rules.h."""
 
     id: int  # the op library's enum (csrc/core/types.h)
-    vectors: int  # vectors of D channels in an index entry
-    scalar: bool  # whether the entry also holds one scalar
+    vectors: int  # vectors of D channels in an exact index entry
+    scalar: bool  # whether that also holds one scalar
     spread: float  # default of lambda (`unique`) or c (`directional`); unused by the others
 
 
@@ -27,7 +28,7 @@ RULES: dict[str, RuleInfo] = {
     "directional": RuleInfo(id=2, vectors=2, scalar=False, spread=2.0),
     "minmax": RuleInfo(id=3, vectors=2, scalar=False, spread=0.0),
 }
-SCALAR_BYTES = 16  # the scalar has a slot of its own, so that entries stay 16-byte aligned
+INDEX_FORMATS = {name: number for number, name in enumerate(reference_index.INDEX_FORMATS)}  # csrc/core/types.h
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -48,50 +49,75 @@ def rule_info(rule: str) -> RuleInfo:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}") from None
 
 
-def index_entry_bytes(rule: str, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one exact index entry: one page and one KV head, keys of ``dtype`` with ``head_dim`` channels."""
-    info = rule_info(rule)
-    return info.vectors * head_dim * dtype.itemsize + SCALAR_BYTES * info.scalar
+def format_id(index_format: str, rule: str) -> int:
+    """The op library's number of ``index_format``. Raises ValueError for an unknown one, or one without the rule."""
+    try:
+        number = INDEX_FORMATS[index_format]
+    except (KeyError, TypeError):
+        raise ValueError(f"index_format: expected one of {', '.join(INDEX_FORMATS)}, got {index_format!r}") from None
+    if index_format == "compressed" and rule == "minmax":
+        raise ValueError("rule: expected mean, unique or directional for a compressed index, got 'minmax'")
+    return number
 
 
-def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int) -> torch.Tensor:
+def index_entry_bytes(rule: str, head_dim: int, dtype: torch.dtype, index_format: str = "exact") -> int:
+    """Bytes of one index entry: one page and one KV head, keys of ``dtype`` with ``head_dim`` channels.
+
+    A compressed entry is as large for every dtype.
+    """
+    rule_info(rule)
+    format_id(index_format, rule)
+    return reference_index.index_entry_bytes(rule, head_dim, dtype, index_format)
+
+
+def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int, index_format: str = "exact") -> torch.Tensor:
     """Allocate the page index of a paged key cache.
 
     Args:
         k_cache: ``[num_blocks, H, block_size, D]``, any strides with unit channel stride.
         rule: name of the scoring rule.
         page_size: tokens per page; divides ``block_size``.
+        index_format: ``exact`` (the keys' dtype), or ``compressed`` (4-bit means and 2-bit spreads with shared scales,
+            described in ``csrc/core/index_format.h``; every rule but ``minmax``).
 
     Returns:
         uint8 ``[num_blocks, H, block_size // page_size, entry_bytes]``, zeroed. The bytes belong to the rule;
         :func:`decode_index` shows what they hold.
 
     Raises:
-        ValueError: unknown rule, wrong rank, or a block size that is no multiple of the page size.
+        ValueError: unknown rule or format, wrong rank, or a block size that is no multiple of the page size.
     """
     if k_cache.dim() != 4:
         raise ValueError(f"k_cache: expected 4 dimensions [num_blocks, H, block_size, D], got {list(k_cache.shape)}")
     num_blocks, heads, block_size, head_dim = k_cache.shape
     if page_size <= 0 or block_size % page_size:
         raise ValueError(f"page_size: expected a divisor of the block size {block_size}, got {page_size}")
-    entry = index_entry_bytes(rule, head_dim, k_cache.dtype)
+    entry = index_entry_bytes(rule, head_dim, k_cache.dtype, index_format)
     shape = (num_blocks, heads, block_size // page_size, entry)
     return torch.zeros(shape, dtype=torch.uint8, device=k_cache.device)
 
 
-def decode_index(index: torch.Tensor, *, rule: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The parts of every index entry as tensors of ``dtype``.
+def decode_index(
+    index: torch.Tensor, *, rule: str, dtype: torch.dtype, index_format: str = "exact", head_dim: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The parts of every index entry.
+
+    Args:
+        index: uint8 ``[num_blocks, H, pages_per_block, entry_bytes]``.
+        rule: the rule it was written with.
+        dtype: of the keys.
+        index_format: ``exact`` or ``compressed``.
+        head_dim: D; needed for a compressed index.
 
     Returns:
         ``mean``: ``(mean,)``; ``unique``: ``(mean, std)`` with ``std`` ``[num_blocks, H, pages_per_block]``;
         ``directional``: ``(mean, std)`` with ``std`` per channel; ``minmax``: ``(max, min)``. Vectors are
-        ``[num_blocks, H, pages_per_block, D]``. All are views of ``index``.
+        ``[num_blocks, H, pages_per_block, D]``. Views of an exact index in ``dtype``; of a compressed one
+        fp32 copies, of its scalar fp64.
+
+    Raises:
+        ValueError: unknown rule or format, or a compressed index without ``head_dim``.
     """
-    info = rule_info(rule)
-    values = index.view(dtype)
-    scalar_slot = SCALAR_BYTES // dtype.itemsize
-    head_dim = (values.shape[-1] - scalar_slot * info.scalar) // info.vectors
-    parts = [values[..., i * head_dim : (i + 1) * head_dim] for i in range(info.vectors)]
-    if info.scalar:
-        parts.append(values[..., info.vectors * head_dim])
-    return tuple(parts)
+    rule_info(rule)
+    format_id(index_format, rule)
+    return reference_index.decode_index(index, rule=rule, dtype=dtype, index_format=index_format, head_dim=head_dim)

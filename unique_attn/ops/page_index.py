@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import rule_info, same_device
+from unique_attn.ops._rules import format_id, rule_info, same_device
 
 
 def page_index(
@@ -18,13 +18,14 @@ def page_index(
     max_new_tokens: int,
     rule: str,
     page_size: int,
+    index_format: str = "exact",
 ) -> None:
     """Recompute, in place, the entry of every page that holds a token at ``start_lens[b] <= i < seq_lens[b]``.
 
     phi(page) of the rule over the page's tokens (UNIQUE section 3): a partly filled page uses the tokens it has.
-    Statistics are two-pass and accumulated in fp32 (fp64 for fp64), then rounded to the keys' dtype. Entries are
-    always computed from the keys, never updated from older entries, so truncating, copying and sharing blocks
-    need no care.
+    Statistics are two-pass and accumulated in fp32 (fp64 for fp64), then rounded to the keys' dtype or compressed.
+    Entries are always computed from the keys, never updated from older entries, so truncating, copying and sharing
+    blocks need no care.
 
     Args:
         k_cache: ``[num_blocks, H, block_size, D]``, any strides with unit channel stride, D a multiple of 8 to 256.
@@ -37,6 +38,7 @@ def page_index(
             read back from the device).
         rule: ``mean``, ``unique``, ``directional`` or ``minmax``.
         page_size: tokens per page: 4, 8, 16, 32 or 64.
+        index_format: ``exact`` or ``compressed``, what the index was made with.
 
     Raises:
         ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
@@ -44,13 +46,14 @@ def page_index(
     """
     info = rule_info(rule)
     reject_grad("page_index", k_cache=k_cache)
+    storage = format_id(index_format, rule)
     torch.ops.unique_attn.page_index(
-        k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id
+        k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id, storage
     )
 
 
 @torch.library.register_fake("unique_attn::page_index")
-def _(k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, rule):  # type: ignore[no-untyped-def]
+def _(k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, rule, index_format):  # type: ignore[no-untyped-def]
     same_device(
         "page_index", k_cache=k_cache, index=index, block_table=block_table, start_lens=start_lens, seq_lens=seq_lens
     )

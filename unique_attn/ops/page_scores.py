@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
-from unique_attn.ops._rules import rule_info, same_device
+from unique_attn.ops._rules import format_id, rule_info, same_device
 
 
 def page_scores(
@@ -18,6 +18,7 @@ def page_scores(
     page_size: int,
     spread: float | None = None,
     window: int = 0,
+    index_format: str = "exact",
 ) -> torch.Tensor:
     """The rule's score of each page, maximum over the query heads that share a KV head (UNIQUE section 3).
 
@@ -34,6 +35,7 @@ def page_scores(
         page_size: tokens per page.
         spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2); unused by the others.
         window: tokens a query sees (its own included), 0 for all.
+        index_format: ``exact`` or ``compressed``, what the index was made with.
 
     Returns:
         ``[B, T, H, P]`` with ``P = max_blocks * pages_per_block``: bf16 for bf16 and fp16 queries, fp32 for fp32,
@@ -44,7 +46,10 @@ def page_scores(
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)
-    return torch.ops.unique_attn.page_scores(q, index, block_table, seq_lens, page_size, info.id, spread, window)
+    storage = format_id(index_format, rule)
+    return torch.ops.unique_attn.page_scores(
+        q, index, block_table, seq_lens, page_size, info.id, storage, spread, window
+    )
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +58,7 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("unique_attn::page_scores")
-def _(q, index, block_table, seq_lens, page_size, rule, spread, window):  # type: ignore[no-untyped-def]
+def _(q, index, block_table, seq_lens, page_size, rule, index_format, spread, window):  # type: ignore[no-untyped-def]
     same_device("page_scores", q=q, index=index, block_table=block_table, seq_lens=seq_lens)
     pages = block_table.shape[1] * index.shape[2]
     return q.new_empty((q.shape[0], q.shape[1], index.shape[1], pages), dtype=score_dtype(q.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import rule_info, same_device
+from unique_attn.ops._rules import format_id, rule_info, same_device
 
 
 def unique_decode(
@@ -27,6 +27,7 @@ def unique_decode(
     scale: float | None = None,
     window: int = 0,
     budget_pages: torch.Tensor | None = None,
+    index_format: str = "exact",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`append_kv` (when ``k`` and ``v`` are given), :func:`page_index` of the last T tokens' pages,
     :func:`page_scores`, :func:`topk_pages` and :func:`sparse_decode`, with results identical to theirs.
@@ -44,7 +45,8 @@ def unique_decode(
         block_table: int32 ``[B, max_blocks]``.
         seq_lens: int32 ``[B]``, lengths after this step's T tokens.
         num_pages: pages per row (the budget in pages, k of the paper).
-        rule, page_size, spread, sink_pages, recent_pages, scale, window, budget_pages: as in the single ops.
+        rule, page_size, spread, sink_pages, recent_pages, scale, window, budget_pages, index_format: as in the
+            single ops.
 
     Returns:
         ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected logical ``pages`` ``[B, T, H, num_pages]``.
@@ -69,6 +71,7 @@ def unique_decode(
         num_pages,
         page_size,
         info.id,
+        format_id(index_format, rule),
         spread,
         sink_pages,
         recent_pages,
@@ -91,6 +94,7 @@ def _(  # type: ignore[no-untyped-def]
     num_pages,
     page_size,
     rule,
+    index_format,
     spread,
     sink_pages,
     recent_pages,
