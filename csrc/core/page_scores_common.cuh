@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device_utils.cuh"
+#include "index_format.h"
 #include "page_scores.h"
 #include "split_plan.h"
 
@@ -56,7 +57,9 @@ __device__ __forceinline__ void store_score(const PageScoresParams& p, const Sco
   }
 }
 
-// 16-bit inputs, on tensor cores.
+// Whether page_scores_mma_cuda can: 16-bit inputs and an exact index (not of `minmax`), or bf16 and a compressed one with
+// a usual head dimension.
+bool page_scores_on_mma(const PageScoresParams& params);
 cudaError_t page_scores_mma_cuda(const PageScoresParams& params, int num_sms, cudaStream_t stream);
 
 }  // namespace unique_attn

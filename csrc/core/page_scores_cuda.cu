@@ -238,9 +238,7 @@ cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  if (params.dtype != DType::kFloat32 && params.rule != Rule::kMinMax) {
-    return page_scores_mma_cuda(params, num_sms, stream);
-  }
+  if (page_scores_on_mma(params)) return page_scores_mma_cuda(params, num_sms, stream);
   const int chunks_per_lane = (params.head_dim / 8 + kLanes - 1) / kLanes;
   static_assert(kMaxChunks == 4, "the launch below covers 1 to 4 chunks per lane");
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
