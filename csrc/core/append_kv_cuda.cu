@@ -1,5 +1,6 @@
 // One thread copies 16 bytes of one key row and of the value row beside it.
 #include "append_kv.h"
+#include "dependent_launch.cuh"
 #include "device_utils.cuh"
 
 namespace unique_attn {
@@ -10,6 +11,7 @@ constexpr int kThreads = 256;
 // ES: bytes per element. Rows are 16-byte aligned multiples of 16 bytes (checked by the op).
 template <int ES>
 __global__ void __launch_bounds__(kThreads) append_kv_kernel(const AppendKvParams p, int units_per_row, int64_t total) {
+  wait_for_previous_kernel();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= total) return;
   const int unit = static_cast<int>(i % units_per_row);
@@ -53,12 +55,8 @@ cudaError_t append_kv_cuda(const AppendKvParams& params, cudaStream_t stream) {
   const int64_t total = int64_t{params.batch} * params.num_tokens * params.num_kv_heads * units_per_row;
   if (total == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>((total + kThreads - 1) / kThreads);
-  if (es == 4) {
-    append_kv_kernel<4><<<blocks, kThreads, 0, stream>>>(params, units_per_row, total);
-  } else {
-    append_kv_kernel<2><<<blocks, kThreads, 0, stream>>>(params, units_per_row, total);
-  }
-  return cudaGetLastError();
+  return launch_dependent(es == 4 ? append_kv_kernel<4> : append_kv_kernel<2>, blocks, kThreads, 0, stream, 1, params,
+                          units_per_row, total);
 }
 
 }  // namespace unique_attn

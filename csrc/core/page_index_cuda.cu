@@ -1,5 +1,6 @@
 // One thread block per touched page and KV head, one thread per channel. A page's keys are read twice (two-pass
 // variance); the second read comes from L1.
+#include "dependent_launch.cuh"
 #include "device_utils.cuh"
 #include "page_index.h"
 
@@ -73,6 +74,7 @@ __device__ __forceinline__ void compress_entry(float mean, float std, int head_d
 
 template <typename T, typename RuleT, bool kCompressed>
 __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndexParams p, int pages_per_seq) {
+  wait_for_previous_kernel();
   const int b = blockIdx.x / pages_per_seq;
   const int head = blockIdx.y;
   const int seq_len = p.table.seq_lens[b];
@@ -145,11 +147,12 @@ cudaError_t page_index_cuda(const PageIndexParams& params, cudaStream_t stream) 
   if (pages_per_seq == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(int64_t{params.batch} * pages_per_seq), params.num_kv_heads);
   const int threads = (params.head_dim + kWarp - 1) / kWarp * kWarp;
-  UA_DISPATCH_CUDA_DTYPE(
-      params.dtype, T,
-      UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed,
-                        page_index_kernel<T, RuleT, kCompressed><<<grid, threads, 0, stream>>>(params, pages_per_seq)));
-  return cudaGetLastError();
+  cudaError_t error = cudaErrorInvalidValue;
+  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
+                           error = launch_dependent(page_index_kernel<T, RuleT, kCompressed>, grid, threads, 0, stream,
+                                                    1, params, pages_per_seq);
+                         }));
+  return error;
 }
 
 }  // namespace unique_attn

@@ -6,6 +6,7 @@
 //
 // Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
 // rounding of the score to its order key.
+#include "dependent_launch.cuh"
 #include "mma_tile.cuh"
 #include "page_scores_common.cuh"
 
@@ -232,6 +233,7 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps>& shared, con
 template <typename T, typename Row, Form kForm, int kSteps>
 __global__ void __launch_bounds__(kThreads)
     page_scores_mma_kernel(const PageScoresParams p, int tokens_per_tile, int num_token_tiles, int pages_per_block) {
+  wait_for_previous_kernel();
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps>*>(shared_bytes);
   constexpr bool kDecodes = !std::is_same_v<Row, ExactRow<T, kForm, kSteps>>;
@@ -334,8 +336,7 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  kernel<<<grid, kThreads, kBytes, stream>>>(p, tokens, num_token_tiles, chunk);
-  return cudaGetLastError();
+  return launch_dependent(kernel, grid, kThreads, kBytes, stream, 1, p, tokens, num_token_tiles, chunk);
 }
 
 template <typename T, Form kForm, int kSteps>

@@ -1,4 +1,5 @@
 // sparse_decode: the kernel for the inputs' width, then the merge of its splits.
+#include "dependent_launch.cuh"
 #include "sparse_decode_common.cuh"
 
 namespace unique_attn {
@@ -7,6 +8,7 @@ namespace {
 // One thread block per query head, one thread per channel: weigh the splits by their log-sum-exps.
 template <typename T>
 __global__ void __launch_bounds__(kMaxHeadDim) combine_splits_kernel(const SparseDecodeParams p) {
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const float* lses = p.partial_lse + row * p.num_splits;
   float m = -INFINITY;
@@ -39,8 +41,10 @@ cudaError_t sparse_decode_cuda(const SparseDecodeParams& p, cudaStream_t stream)
       p.dtype == DType::kFloat32 ? sparse_decode_fma_cuda(p, stream) : sparse_decode_mma_cuda(p, stream);
   if (error != cudaSuccess || p.num_splits == 1) return error;
   const unsigned rows = static_cast<unsigned>(p.batch) * p.num_query_tokens * p.num_q_heads;
-  UA_DISPATCH_CUDA_DTYPE(p.dtype, T, combine_splits_kernel<T><<<rows, p.head_dim, 0, stream>>>(p));
-  return cudaGetLastError();
+  cudaError_t merged = cudaErrorInvalidValue;
+  UA_DISPATCH_CUDA_DTYPE(p.dtype, T,
+                         { merged = launch_dependent(combine_splits_kernel<T>, rows, p.head_dim, 0, stream, 1, p); });
+  return merged;
 }
 
 }  // namespace unique_attn

@@ -2,6 +2,7 @@
 // selected pages). All heads of the group are the rows of one product, so that each key and value is read once, and
 // copies of the next tokens run under the products of these. Two warps take 16 tokens of a tile each, with an online
 // softmax of their own; they are merged at the end, the splits by combine_splits.
+#include "dependent_launch.cuh"
 #include "mma_tile.cuh"
 #include "sparse_decode_common.cuh"
 
@@ -32,6 +33,7 @@ struct Shared {
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(kThreads) sparse_decode_mma_kernel(const SparseDecodeParams p, int pages_per_split) {
+  wait_for_previous_kernel();
   using S = Shared<T, DP>;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes);
@@ -212,8 +214,7 @@ cudaError_t launch(const SparseDecodeParams& p, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * p.num_query_tokens, p.num_kv_heads, p.num_splits);
-  kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(p, pages_per_split);
-  return cudaGetLastError();
+  return launch_dependent(kernel, grid, kThreads, sizeof(Shared<T, DP>), stream, 1, p, pages_per_split);
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 // counts the scores at and above three keys, so that two bits are found at a time, in a time that does not depend on
 // the scores. What is above it, and the lowest pages equal to it, become bits of a bitmap, whose prefix sums are the
 // places in the output. A long row, or one of few, is shared by the thread blocks of a cluster.
+#include "dependent_launch.cuh"
 #include "radix_select.cuh"
 #include "topk_row.cuh"
 
@@ -181,6 +182,7 @@ template <typename Score, int kThreads, int kVectors, int kCluster>
 __global__ void __launch_bounds__(kThreads) topk_bisect_kernel(const TopkPagesParams p, int64_t num_scores) {
   using S = Shared<Score, kThreads, kVectors>;
   __shared__ S shared;
+  wait_for_previous_kernel();
   const int64_t row_index = blockIdx.x / kCluster;
   const int rank = blockIdx.x % kCluster;  // of the thread block in its cluster
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
@@ -312,18 +314,9 @@ __global__ void __launch_bounds__(kThreads) topk_bisect_kernel(const TopkPagesPa
 
 template <typename Score, int kThreads, int kVectors, int kCluster>
 cudaError_t launch(const TopkPagesParams& p, int64_t rows, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = kCluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, topk_bisect_kernel<Score, kThreads, kVectors, kCluster>, p,
-                            rows * int64_t{p.num_pages});
+  return launch_dependent(topk_bisect_kernel<Score, kThreads, kVectors, kCluster>,
+                          dim3(static_cast<unsigned>(rows * kCluster)), dim3(kThreads), 0, stream, kCluster, p,
+                          rows * int64_t{p.num_pages});
 }
 
 // A thread block holds kThreads * kVectors * 8 scores: those of the row and, where rows do not begin on 16 bytes, up to
