@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
-from typing import Any
+from dataclasses import dataclass, field
+
+from unique_attn._checked import CheckedConfig
 
 RULES = ("mean", "unique", "directional", "minmax")
 PAGE_SIZES = (4, 8, 16, 32, 64)
@@ -14,7 +13,7 @@ MAX_PAGES = 4096  # pages that topk_pages can select
 
 
 @dataclass(frozen=True)
-class UniqueConfig:
+class UniqueConfig(CheckedConfig):
     """Settings of page-sparse decoding. Immutable and checked: every field is valid once an instance exists.
 
     Attributes:
@@ -98,35 +97,7 @@ class UniqueConfig:
         """``dense_below`` with its default filled in."""
         return self.budget if self.dense_below is None else self.dense_below
 
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary of all fields that :meth:`from_dict` (and JSON) can take."""
-        return {**asdict(self), "dense_layers": list(self.dense_layers)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UniqueConfig:
-        """The config with these fields, others at their defaults.
-
-        Raises:
-            TypeError: ``values`` is no mapping, or a field has the wrong type.
-            ValueError: an unknown field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"UniqueConfig.from_dict: expected a mapping, got {type(values).__name__}")
-        known = {each.name for each in fields(cls)}
-        unknown = sorted(str(name) for name in values if name not in known)
-        if unknown:
-            raise ValueError(
-                f"UniqueConfig.from_dict: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}"
-            )
-        return cls(**values)
-
     # ---- Checks. ----
-
-    def _choice(self, name: str, allowed: tuple[Any, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            choices = ", ".join(map(str, allowed))
-            raise ValueError(f"UniqueConfig.{name}: expected one of {choices}, got {value!r}")
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -139,13 +110,6 @@ class UniqueConfig:
         value = getattr(self, name)
         if value % unit:
             raise ValueError(f"UniqueConfig.{name}: expected a multiple of page_size = {unit}, got {value}")
-
-    def _number(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"UniqueConfig.{name}: expected a number, got {value!r}")
-        if not isfinite(value) or value < 0:
-            raise ValueError(f"UniqueConfig.{name}: expected a finite number of at least 0, got {value}")
 
     def _layers(self, name: str) -> None:
         value = getattr(self, name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from math import cos, isfinite, pi
+from dataclasses import dataclass
+from math import cos, pi
 from typing import Any
+
+from unique_attn._checked import CheckedConfig
 
 MODES = ("soft", "hard", "dense")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
@@ -26,7 +27,7 @@ def check_progress(name: str, progress: Any) -> float:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(CheckedConfig):
     """Settings of sparsity-aware training (UNIQUE section 4). Immutable and checked, as :class:`UniqueConfig` is.
 
     Rule, page size, budget, fixed pages and dense layers are those of the :class:`UniqueConfig` it is used with. Its
@@ -60,9 +61,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._choice("mode", MODES)
         self._choice("schedule", SCHEDULES)
-        self._temperature("tau")
+        self._number("tau", positive=True)
         if self.tau_end is not None:
-            self._temperature("tau_end")
+            self._number("tau_end", positive=True)
         if (self.tau_end is None) != (self.schedule == "constant"):
             expected = "None" if self.schedule == "constant" else "a positive number"
             raise ValueError(
@@ -93,39 +94,3 @@ class TrainConfig:
         if self.schedule == "cosine":
             part = (1 - cos(pi * part)) / 2
         return float(self.tau + (self.tau_end - self.tau) * part)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary of all fields that :meth:`from_dict` (and JSON) can take."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The config with these fields, others at their defaults.
-
-        Raises:
-            TypeError: ``values`` is no mapping, or a field has the wrong type.
-            ValueError: an unknown field, or a value that is not allowed.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"TrainConfig.from_dict: expected a mapping, got {type(values).__name__}")
-        known = {each.name for each in fields(cls)}
-        unknown = sorted(str(name) for name in values if name not in known)
-        if unknown:
-            raise ValueError(
-                f"TrainConfig.from_dict: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}"
-            )
-        return cls(**values)
-
-    # ---- Checks. ----
-
-    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ValueError(f"TrainConfig.{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-    def _temperature(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"TrainConfig.{name}: expected a number, got {value!r}")
-        if not isfinite(value) or value <= 0:
-            raise ValueError(f"TrainConfig.{name}: expected a finite number above 0, got {value}")

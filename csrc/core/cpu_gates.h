@@ -7,12 +7,6 @@
 namespace unique_attn {
 namespace UA_ISA {
 
-// The sequence that a packed token belongs to, found from where the last one was.
-UA_INLINE int sequence_of(const PackedSequences& seqs, int token, int b) {
-  while (seqs.cu_seqlens[b + 1] <= token) ++b;
-  return b;
-}
-
 // Scores of the query heads of one group on the pages of one sequence and KV head.
 template <typename T>
 class PageGates {

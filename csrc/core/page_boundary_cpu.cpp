@@ -46,11 +46,11 @@ class Boundary {
   void run(int64_t begin, int64_t end) {
     const Acc infinity(__builtin_inff());
     const int wanted = max_of(p.k - p.sink_pages - p.recent_pages, 0);
-    int b = 0, last_b = -1, last_head = -1;
+    int last_b = -1, last_head = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int token = static_cast<int>(item % p.seqs.total_tokens);
       const int head = static_cast<int>(item / p.seqs.total_tokens);
-      b = sequence_of(p.seqs, token, head == last_head ? b : 0);
+      const int b = sequence_of(p.seqs, token);
       if (b != last_b || head != last_head) gates.enter(b, head);
       last_b = b;
       last_head = head;

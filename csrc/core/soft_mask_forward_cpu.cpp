@@ -12,12 +12,12 @@ void forward_range(const SoftMaskForwardParams& p, int64_t begin, int64_t end) {
   QueryLogits<T> query(p);
   Scratch scratch(Scratch::padded<Acc>(query.stride));
   Acc* out = scratch.template take<Acc>(query.stride);
-  int b = 0, last_b = -1, last_head = -1;
+  int last_b = -1, last_head = -1;
   for (int64_t item = begin; item < end; ++item) {
     // Items head * N + token, so that a head's rows are looked up once per sequence.
     const int token = static_cast<int>(item % p.seqs.total_tokens);
     const int head = static_cast<int>(item / p.seqs.total_tokens);
-    b = sequence_of(p.seqs, token, head == last_head ? b : 0);
+    const int b = sequence_of(p.seqs, token);
     if (b != last_b || head != last_head) query.enter(b, head);
     last_b = b;
     last_head = head;
