@@ -84,7 +84,7 @@ def test_reading_everything_is_dense(folder: Path, tmp_path: Path, rule: str, mo
     """With a budget that covers the context and no dense fallback, both sides are the same."""
     config = UniqueConfig
     monkeypatch.setattr(demo, "UniqueConfig", lambda **settings: config(**settings, dense_below=0))
-    result = run(folder, tmp_path, "--budget", "2048", "--rule", rule)
+    result = run(folder, tmp_path, "--budget", "2048", "--rule", rule, "--dtype", "fp32")
     assert result["pictures"]  # steps were sparse
     assert result["tokens_agree"]
     assert result["unique"]["answer"] == result["dense"]["answer"]
