@@ -1,7 +1,12 @@
-// 16-bit floating-point types of the CPU code and their scalar conversions: round to nearest even, NaN stays NaN.
+// 16-bit floating-point types of the CPU code and of the index format, and their scalar conversions: round to nearest
+// even, NaN stays NaN. A GPU has instructions for fp16.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDA_ARCH__
+#include <cuda_fp16.h>
+#endif
 
 #include "types.h"
 
@@ -31,6 +36,9 @@ UA_HD float to_scalar(float x) { return x; }
 UA_HD double to_scalar(double x) { return x; }
 UA_HD float to_scalar(BF16 x) { return bits_float(uint32_t{x.bits} << 16); }
 UA_HD float to_scalar(F16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return bits_float(sign | (magnitude + (224u << 23)));  // inf and NaN
@@ -38,6 +46,7 @@ UA_HD float to_scalar(F16 x) {
   // Subnormal: its bits are the fraction of a number in [2^-14, 2^-13).
   const float value = bits_float(magnitude + (113u << 23)) - bits_float(113u << 23);
   return bits_float(sign | float_bits(value));
+#endif
 }
 
 UA_HD void from_scalar(float x, float& y) { y = x; }
@@ -48,6 +57,9 @@ UA_HD void from_scalar(float x, BF16& y) {
   y.bits = x != x ? uint16_t(bits >> 16 | 0x40u) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 UA_HD void from_scalar(float x, F16& y) {
+#ifdef __CUDA_ARCH__
+  y.bits = __half_as_ushort(__float2half_rn(x));
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t sign = bits >> 16 & 0x8000u;
   uint32_t magnitude = bits & 0x7fffffffu;
@@ -61,6 +73,7 @@ UA_HD void from_scalar(float x, F16& y) {
     magnitude = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   y.bits = uint16_t(sign | magnitude);
+#endif
 }
 
 }  // namespace unique_attn

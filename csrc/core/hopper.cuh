@@ -55,11 +55,6 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// This thread's earlier cp.async copies count as one arrival when they have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n"
@@ -306,12 +301,6 @@ template <typename T, int kRegisters>
 __device__ __forceinline__ void pack_operand(unsigned (&a)[kRegisters / 2], const float (&d)[kRegisters]) {
 #pragma unroll
   for (int i = 0; i < kRegisters / 2; ++i) a[i] = pack2<T>(d[2 * i], d[2 * i + 1]);
-}
-
-__device__ __forceinline__ float sqrt_fast(float x) {
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -41,13 +41,17 @@ __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, int t
   return tile;
 }
 
+template <typename Key>
+__device__ __forceinline__ Key* score_row(const PageScoresParams& p, const ScoreTile& tile, int token) {
+  return static_cast<Key*>(p.scores) +
+         ((int64_t{tile.b} * p.num_query_tokens + tile.token_begin + token) * p.num_kv_heads + tile.head) * p.num_pages;
+}
+
 // The score of a page for one token of the tile; -inf, or nothing, if the token does not see it.
 template <typename Key>
 __device__ __forceinline__ void store_score(const PageScoresParams& p, const ScoreTile& tile, int token, int page,
                                             float score) {
-  Key* row =
-      static_cast<Key*>(p.scores) +
-      ((int64_t{tile.b} * p.num_query_tokens + tile.token_begin + token) * p.num_kv_heads + tile.head) * p.num_pages;
+  Key* row = score_row<Key>(p, tile, token);
   const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + token);
   const PageRange range = visible_pages(position, p.window, p.table.page_size);
   if (page >= range.first && page < range.end) {

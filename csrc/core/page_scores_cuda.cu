@@ -223,7 +223,8 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int fitting = static_cast<int>(kQueryBytes / bytes_per_token);
   const int tile = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
   const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
-  const int chunk = plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, num_sms);
+  const int chunk =
+      plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, p.index.stride_page, num_sms);
   const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
   page_scores_kernel<T, RuleT, kCompressed, CPL>
       <<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);

@@ -2,195 +2,43 @@
 // which a product does not know). A warp takes 16 pages at a time as the rows of a product, and all heads
 // of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
-// its part of two products of 16 channels. Entries go from memory straight into the operands.
+// its part of two products of 16 channels. Entries go from memory straight into the operands; the loads of the next
+// pages are under way while the present ones are multiplied.
 //
 // Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
 // rounding of the score to its order key.
 #include "dependent_launch.cuh"
-#include "mma_tile.cuh"
 #include "page_scores_common.cuh"
+#include "page_scores_rows.cuh"
 
 namespace unique_attn {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kPages = 16;    // of a warp's tile
-constexpr int kColumns = 8;   // query rows of a product
-constexpr int kMaxTiles = 8;  // products side by side: query rows a thread block can hold / 8
-
-// What a rule multiplies, and how its sums become a score.
-enum class Form {
-  kMean,      // u
-  kUnique,    // u + c * norm * std
-  kVariance,  // u + c * sqrt(v): `directional`
-};
+constexpr int kPages = 16;              // of a warp's tile
+constexpr int kStep = kWarps * kPages;  // pages between two tiles of a warp
+constexpr int kColumns = 8;             // query rows of a product
+constexpr int kMaxTiles = 8;            // products side by side: query rows a thread block can hold / 8
 
 template <Form kForm>
 constexpr int kOperands = kForm == Form::kVariance ? 2 : 1;  // of a query
 
-// Operands of the query rows, as lanes need them: [tile of 8 rows, operand, k-step, lane].
-template <Form kForm, int kSteps>
+// Operands of the query rows, as lanes need them: [tile of 8 rows, operand, k-step, lane]. One tile is one token, whose
+// heads meet in registers; the scores of several tokens go through shared memory.
+template <Form kForm, int kSteps, int kTiles>
 struct Queries {
-  uint2 operand[kMaxTiles][kOperands<kForm>][kSteps][kWarp];
-  float norm[kMaxTiles * kColumns];
-  float scores[kWarps][kPages][kMaxTiles * kColumns + 1];
+  static constexpr int kScores = kTiles > 1 ? kTiles * kColumns + 1 : 1;
+  uint2 operand[kTiles][kOperands<kForm>][kSteps][kWarp];
+  float norm[kTiles * kColumns];
+  float scores[kWarps][kPages][kScores];
 };
 
-template <typename T>
-__device__ __forceinline__ float2 unpack2(unsigned pair) {
-  const T* x = reinterpret_cast<const T*>(&pair);
-  return make_float2(to_float(x[0]), to_float(x[1]));
-}
-
-template <typename T>
-__device__ __forceinline__ unsigned square2(unsigned pair) {
-  const float2 x = unpack2<T>(pair);
-  return pack2<__nv_bfloat16>(x.x * x.x, x.y * x.y);
-}
-
-// ---- Entries as operands ----
-//
-// A lane of a quad has kSteps * 4 channels of a page, in chunks of 8. `chunk_lane` says which; `pair(step, i)` is half i
-// (of two) of what the lane gives to a k-step, two channels, for a query in the same order (`query_words`).
-
-template <int kCount>
-__device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void* source) {
-  if constexpr (kCount % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      const uint4 raw = static_cast<const uint4*>(source)[i];
-      words[4 * i] = raw.x, words[4 * i + 1] = raw.y, words[4 * i + 2] = raw.z, words[4 * i + 3] = raw.w;
-    }
-  } else if constexpr (kCount == 2) {
-    const uint2 raw = *static_cast<const uint2*>(source);
-    words[0] = raw.x, words[1] = raw.y;
-  } else {
-    words[0] = *static_cast<const unsigned*>(source);
-  }
-}
-
-// Vectors in the keys' dtype: chunk after chunk goes round the lanes, so that they read neighbouring 16 bytes.
-template <typename T, Form kForm, int kSteps>
-struct ExactRow {
-  static constexpr int kChunks = kSteps / 2;
-  unsigned mean[kChunks][4], std[kForm == Form::kVariance ? kChunks : 1][4];
-  float scalar;  // `unique`
-
-  static __device__ __forceinline__ int chunk_lane(int chunk) { return chunk % 4; }
-  static __device__ __forceinline__ int chunk_of_lane(int chunk) { return chunk / 4; }
-  static __device__ __forceinline__ void query_words(unsigned (&)[4]) {}
-
-  __device__ __forceinline__ void load(const uint8_t* entry, bool visible, int head_dim) {
-    const T* vectors = reinterpret_cast<const T*>(entry);
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      const int channel = (j * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
-      const bool valid = visible && channel < head_dim;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mean[j][i] = 0u;
-      if (valid) load_words(mean[j], vectors + channel);
-      if constexpr (kForm == Form::kVariance) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) std[j][i] = 0u;
-        if (valid) load_words(std[j], vectors + head_dim + channel);
-      }
-    }
-    scalar = kForm == Form::kUnique && visible ? to_float(vectors[head_dim]) : 0.f;
-  }
-  __device__ __forceinline__ unsigned mean_pair(int step, int i) const { return mean[step / 2][step % 2 * 2 + i]; }
-  __device__ __forceinline__ unsigned var_pair(int step, int i) const {
-    return square2<T>(std[step / 2][step % 2 * 2 + i]);
-  }
-};
-
-// Compressed entries (index_format.h) of 64, 128 or 256 channels: a lane has neighbouring channels, one or two whole
-// groups. Codes become bf16 numbers without a loss: a step has 4 significant bits, a code 3. Of an outlier 8 of 11 bits
-// are kept, as of a mean in a bf16 index.
-template <Form kForm, int kSteps>
-struct CompressedRow {
-  static constexpr int kHeadDim = kSteps * 16;
-  static constexpr int kChunks = kSteps / 2;
-  static constexpr int kGroups = kSteps > 8 ? kSteps / 8 : 1;   // of a lane
-  unsigned means[kChunks];                                      // 8 codes of 4 bits
-  unsigned spreads[kForm == Form::kVariance ? kSteps / 4 : 1];  // 16 codes of 2 bits
-  unsigned scales[kGroups];
-  __nv_bfloat162 step[kGroups];
-  unsigned outlier[kGroups];       // twice
-  unsigned variances[kGroups][2];  // of the 4 codes
-  float scalar;
-
-  static __device__ __forceinline__ int chunk_lane(int chunk) { return chunk / kChunks; }
-  static __device__ __forceinline__ int chunk_of_lane(int chunk) { return chunk % kChunks; }
-  // Channels 4 apart lie in one word: their codes come out of a word of codes together.
-  static __device__ __forceinline__ void query_words(unsigned (&w)[4]) {
-    const unsigned x[4] = {w[0], w[1], w[2], w[3]};
-    w[0] = __byte_perm(x[0], x[2], 0x5410);
-    w[1] = __byte_perm(x[0], x[2], 0x7632);
-    w[2] = __byte_perm(x[1], x[3], 0x5410);
-    w[3] = __byte_perm(x[1], x[3], 0x7632);
-  }
-
-  __device__ __forceinline__ void load(const uint8_t* entry, bool visible, int) {
-    const int lane = threadIdx.x % 4;
-#pragma unroll
-    for (unsigned& word : means) word = 0u;
-#pragma unroll
-    for (unsigned& word : spreads) word = 0u;
-#pragma unroll
-    for (unsigned& word : scales) word = 0u;
-    if (visible) {
-      load_words(scales, entry + lane * kGroups * sizeof(GroupScales));
-      load_words(means, entry + means_offset(kHeadDim) + lane * kHeadDim / 8);
-      if constexpr (kForm == Form::kVariance) {
-        load_words(spreads, entry + spreads_offset(kHeadDim) + lane * kHeadDim / 16);
-      }
-    }
-  }
-  // After the loads of all rows are under way.
-  __device__ __forceinline__ void decode() {
-    float sum = 0.f;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const GroupValues values(GroupScales{static_cast<uint16_t>(scales[g]), static_cast<uint8_t>(scales[g] >> 16),
-                                           static_cast<uint8_t>(scales[g] >> 24)});
-      step[g] = __float2bfloat162_rn(values.step);
-      outlier[g] = pack2<__nv_bfloat16>(values.outlier, values.outlier);
-      if constexpr (kForm == Form::kVariance) {
-        const auto square = [&](int code) { return values.std(code) * values.std(code); };
-        variances[g][0] = pack2<__nv_bfloat16>(square(0), square(1));
-        variances[g][1] = pack2<__nv_bfloat16>(square(2), square(3));
-      }
-      sum += values.spread * values.spread;
-    }
-    if constexpr (kForm == Form::kUnique) {
-      sum += __shfl_xor_sync(kFullMask, sum, 1);
-      sum += __shfl_xor_sync(kFullMask, sum, 2);
-    }
-    scalar = sqrtf(sum);
-  }
-  __device__ __forceinline__ unsigned mean_pair(int k, int i) const {
-    const int group = k / 2 * kGroups / kChunks;
-    // 4 bits in the last places of bf16's 128 are 128 + bits; with the sign bit turned that is 136 + code.
-    const unsigned bits = ((means[k / 2] >> (k % 2 * 2 + i) * 4 & 0x000f000fu) ^ 0x00080008u) | 0x43004300u;
-    const __nv_bfloat162 code = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&bits), __float2bfloat162_rn(136.f));
-    const __nv_bfloat162 value = __hmul2(code, step[group]);
-    const unsigned is_outlier = __heq2_mask(code, __float2bfloat162_rn(static_cast<float>(kOutlierCode)));
-    return (outlier[group] & is_outlier) | (*reinterpret_cast<const unsigned*>(&value) & ~is_outlier);
-  }
-  __device__ __forceinline__ unsigned var_pair(int k, int i) const {
-    const int group = k / 2 * kGroups / kChunks;
-    // Codes of channels 4 apart, a byte each; bytes 2 code and 2 code + 1 of the table for both.
-    const unsigned codes = spreads[k / 4] >> (k / 2 % 2 * 16 + (k % 2 * 2 + i) * 2) & 0x0303u;
-    return __byte_perm(variances[group][0], variances[group][1], codes * 0x22u + 0x1010u);
-  }
-};
-
-template <typename T, typename Row, Form kForm, int kSteps>
-__device__ __forceinline__ void load_queries(Queries<kForm, kSteps>& shared, const PageScoresParams& p, int b, int head,
-                                             int token_begin, int num_rows, int group) {
+template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+__device__ __forceinline__ void load_queries(Queries<kForm, kSteps, kTiles>& shared, const PageScoresParams& p, int b,
+                                             int head, int token_begin, int num_rows, int group) {
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
-  for (int row = threadIdx.x; row < kMaxTiles * kColumns; row += kThreads) shared.norm[row] = 0.f;
+  for (int row = threadIdx.x; row < kTiles * kColumns; row += kThreads) shared.norm[row] = 0.f;
   __syncthreads();
   constexpr int kChunks = kSteps * 2;  // of 8 channels
   for (int i = threadIdx.x; i < num_tiles * kColumns * kChunks; i += kThreads) {
@@ -230,50 +78,119 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps>& shared, con
   __syncthreads();
 }
 
-template <typename T, typename Row, Form kForm, int kSteps>
-__global__ void __launch_bounds__(kThreads)
+// Where the entries of a lane's row of the tiles are: pages kStep apart, without a division for each.
+class EntryCursor {
+ public:
+  __device__ __forceinline__ EntryCursor(const PageScoresParams& p, int page)
+      : page_(page),
+        table_pages_(p.table.block_size / p.table.page_size),
+        block_(page / table_pages_),
+        within_(page % table_pages_),
+        blocks_per_step_(kStep / table_pages_),
+        pages_per_step_(kStep % table_pages_) {}
+
+  // Null if no token of the tile sees the page: the table ends with the sequence.
+  __device__ __forceinline__ const uint8_t* entry(const PageScoresParams& p, const ScoreTile& tile) const {
+    if (page_ >= tile.page_end || page_ < tile.first_page || page_ >= tile.last.end) return nullptr;
+    const int block = p.table.blocks[tile.b * p.table.stride_seq + block_];
+    return p.index.data + tile.head * p.index.stride_head + block * p.index.stride_block +
+           within_ * p.index.stride_page;
+  }
+  __device__ __forceinline__ void advance() {
+    page_ += kStep;
+    block_ += blocks_per_step_;
+    within_ += pages_per_step_;
+    if (within_ >= table_pages_) {
+      within_ -= table_pages_;
+      ++block_;
+    }
+  }
+
+ private:
+  int page_, table_pages_, block_, within_, blocks_per_step_, pages_per_step_;
+};
+
+// Rows lane / 4 and lane / 4 + 8 of a warp's tiles, Row::kAhead tiles ahead of their use. Addresses are looked up one
+// tile before they are read.
+template <typename Row>
+class RowStream {
+ public:
+  __device__ __forceinline__ RowStream(const PageScoresParams& p, const ScoreTile& tile, int page)
+      : p_(p), tile_(tile), cursors_{{p, page}, {p, page + 8}} {
+    look_up();
+#pragma unroll
+    for (int i = 0; i < Row::kAhead; ++i) fetch(ahead_[i]);
+  }
+  __device__ __forceinline__ void next(Row (&rows)[2]) {
+    if constexpr (Row::kAhead == 0) {
+      fetch(rows);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[half] = ahead_[0][half];
+#pragma unroll
+        for (int i = 1; i < Row::kAhead; ++i) ahead_[i - 1][half] = ahead_[i][half];
+      }
+      fetch(ahead_[Row::kAhead - 1]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void look_up() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      entries_[half] = cursors_[half].entry(p_, tile_);
+      cursors_[half].advance();
+    }
+  }
+  __device__ __forceinline__ void fetch(Row (&rows)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows[half].load(entries_[half], entries_[half] != nullptr, p_.head_dim);
+    look_up();
+  }
+
+  const PageScoresParams& p_;
+  const ScoreTile& tile_;
+  EntryCursor cursors_[2];
+  const uint8_t* entries_[2];
+  Row ahead_[Row::kAhead > 0 ? Row::kAhead : 1][2];
+};
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
+template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+__global__ void __launch_bounds__(kThreads, kSteps <= 8 && kTiles == 1 ? 3 : 1)
     page_scores_mma_kernel(const PageScoresParams p, int tokens_per_tile, int num_token_tiles, int pages_per_block) {
   wait_for_previous_kernel();
   extern __shared__ __align__(16) char shared_bytes[];
-  auto& shared = *reinterpret_cast<Queries<kForm, kSteps>*>(shared_bytes);
-  constexpr bool kDecodes = !std::is_same_v<Row, ExactRow<T, kForm, kSteps>>;
+  auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
   const ScoreTile tile = score_tile(p, tokens_per_tile, num_token_tiles, pages_per_block);
   const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_rows = tile.num_tokens * group;
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
-  if (!nothing) load_queries<T, Row>(shared, p, tile.b, tile.head, tile.token_begin, num_rows, group);
-
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int table_pages = p.table.block_size / p.table.page_size;
-  const int32_t* table = p.table.blocks + tile.b * p.table.stride_seq;
   const float c = static_cast<float>(p.spread);
-  const auto is_visible = [&](int page) {
-    return page < tile.page_end && page >= tile.first_page && page < tile.last.end;
-  };
+  const int first = tile.page_begin + warp * kPages;
+  __nv_bfloat16* out = score_row<__nv_bfloat16>(p, tile, 0);
 
-  for (int base = tile.page_begin + warp * kPages; base < tile.page_end; base += kWarps * kPages) {
+  RowStream<Row> stream(p, tile, first + lane / 4);
+  if (!nothing) load_queries<T, Row>(shared, p, tile.b, tile.head, tile.token_begin, num_rows, group);
+
+  for (int base = first; base < tile.page_end; base += kStep) {
+    Row rows[2];
+    stream.next(rows);
     const bool any = max(base, tile.first_page) < min(base + kPages, min(tile.last.end, tile.page_end));
-    if (!any && !p.fill_outside) continue;
+    float best[2] = {-INFINITY, -INFINITY};  // one tile: of the two rows
     if (any) {
-      // Rows lane / 4 and lane / 4 + 8 of the tile; zeros for what no token sees.
-      Row rows[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int page = base + lane / 4 + half * 8;
-        const bool visible = is_visible(page);
-        const uint8_t* entry = p.index.data + tile.head * p.index.stride_head;
-        if (visible) {
-          entry += table[page / table_pages] * p.index.stride_block + page % table_pages * p.index.stride_page;
-        }
-        rows[half].load(entry, visible, p.head_dim);
-      }
-      if constexpr (kDecodes) {
-        rows[0].decode();
-        rows[1].decode();
-      }
+      rows[0].decode();
+      rows[1].decode();
       unsigned mean[kSteps][4], var[kForm == Form::kVariance ? kSteps : 1][4];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -283,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (kForm == Form::kVariance) var[step][i] = rows[i % 2].var_pair(step, i / 2);
         }
       }
-      for (int n = 0; n < num_tiles; ++n) {
+      for (int n = 0; n < (kTiles > 1 ? num_tiles : 1); ++n) {
         float u[4] = {}, v[4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -298,53 +215,76 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < 4; ++i) {
           const int row = n * kColumns + lane % 4 * 2 + i % 2;
           float score = u[i];
-          if constexpr (kForm == Form::kVariance) score = fmaf(c, sqrtf(v[i]), score);
+          if constexpr (kForm == Form::kVariance) score = fmaf(c, sqrt_fast(v[i]), score);
           if constexpr (kForm == Form::kUnique) score = fmaf(c * shared.norm[row], rows[i / 2].scalar, score);
-          shared.scores[warp][lane / 4 + i / 2 * 8][row] = score;
+          if constexpr (kTiles > 1) {
+            shared.scores[warp][lane / 4 + i / 2 * 8][row] = score;
+          } else if (row < num_rows) {
+            best[i / 2] = max_or_nan(best[i / 2], score);
+          }
         }
       }
+    } else if (!p.fill_outside) {
+      continue;
     }
-    __syncwarp();
-    for (int i = lane; i < tile.num_tokens * kPages; i += kWarp) {
-      const int token = i / kPages;
-      const int page = base + i % kPages;
-      if (page >= tile.page_end) continue;
-      float best = -INFINITY;
-      bool any_nan = false;
-      if (any) {
-        const float* scores = shared.scores[warp][i % kPages] + token * group;
-        for (int g = 0; g < group; ++g) {
-          any_nan = any_nan || isnan(scores[g]);
-          best = fmaxf(best, scores[g]);
-        }
+
+    if constexpr (kTiles == 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], 1));
+        best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], 2));
       }
-      store_score<__nv_bfloat16>(p, tile, token, page, any_nan ? NAN : best);
+      const int page = base + lane / 4 + lane % 4 * 8;
+      const bool visible = page >= tile.first_page && page < tile.last.end;
+      if (lane % 4 < 2 && page < tile.page_end && (visible || p.fill_outside)) {
+        out[page] = __float2bfloat16_rn(!visible ? -INFINITY : lane % 4 == 0 ? best[0] : best[1]);
+      }
+    } else {
+      __syncwarp();
+      for (int i = lane; i < tile.num_tokens * kPages; i += kWarp) {
+        const int token = i / kPages;
+        const int page = base + i % kPages;
+        if (page >= tile.page_end) continue;
+        float most = -INFINITY;
+        if (any) {
+          const float* scores = shared.scores[warp][i % kPages] + token * group;
+          for (int g = 0; g < group; ++g) most = max_or_nan(most, scores[g]);
+        }
+        store_score<__nv_bfloat16>(p, tile, token, page, most);
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
 }
 
-template <typename T, typename Row, Form kForm, int kSteps>
-cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
-  const int group = p.num_q_heads / p.num_kv_heads;
-  const int fitting = kMaxTiles * kColumns / group;
-  const int tokens = fitting < p.num_query_tokens ? fitting : p.num_query_tokens;
+template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
   const int num_token_tiles = (p.num_query_tokens + tokens - 1) / tokens;
-  const int chunk = plan_score_chunk(p.batch * num_token_tiles, p.num_kv_heads, p.num_pages, kWarps * kPages, num_sms);
-  const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps>;
-  constexpr int kBytes = sizeof(Queries<kForm, kSteps>);
+  const int chunk =
+      plan_score_chunk(p.batch * num_token_tiles, p.num_kv_heads, p.num_pages, kStep, p.index.stride_page, num_sms);
+  const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
+  constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
   return launch_dependent(kernel, grid, kThreads, kBytes, stream, 1, p, tokens, num_token_tiles, chunk);
 }
 
+template <typename T, typename Row, Form kForm, int kSteps>
+cudaError_t launch_rows(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+  const int group = p.num_q_heads / p.num_kv_heads;
+  if (p.num_query_tokens == 1 && group <= kColumns) return launch<T, Row, kForm, kSteps, 1>(p, 1, num_sms, stream);
+  const int fitting = kMaxTiles * kColumns / group;
+  const int tokens = fitting < p.num_query_tokens ? fitting : p.num_query_tokens;
+  return launch<T, Row, kForm, kSteps, kMaxTiles>(p, tokens, num_sms, stream);
+}
+
 template <typename T, Form kForm, int kSteps>
 cudaError_t launch_format(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
   if (p.index.format == IndexFormat::kExact) {
-    return launch<T, ExactRow<T, kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
+    return launch_rows<T, ExactRow<T, kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
   }
-  return launch<__nv_bfloat16, CompressedRow<kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
+  return launch_rows<__nv_bfloat16, CompressedRow<kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
 }
 
 template <typename T, Form kForm>

@@ -62,15 +62,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barrier_init_fence();
   }
-  // Rows that no copy fills: zeros, and probability 0.
+  // Rows that no copy fills are zeros.
   for (int i = threadIdx.x; i < kStages * S::kTiles * (kRows - used_rows) * kSwizzleRow / 4; i += kThreads) {
     const int per_tile = (kRows - used_rows) * kSwizzleRow / 4;
     const int at = used_rows * kSwizzleRow / 4 + i % per_tile;
     reinterpret_cast<unsigned*>(shared.q[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
     reinterpret_cast<unsigned*>(shared.grad[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
-  }
-  for (int i = threadIdx.x; i < kStages * kRows; i += kThreads) {
-    shared.stats[i / kRows][i % kRows] = make_float2(INFINITY, 0.f);
   }
   for (int i = threadIdx.x; i < kStages * kMaxGates / 2 && used_rows < kRows; i += kThreads) {
     reinterpret_cast<unsigned*>(shared.log_gates)[i] = 0u;
@@ -97,6 +94,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int i = ring.stage;
       const int token = start + first_key + tile * a.tokens;
+      float2 row_stats[kRows / kWarp];  // read while the buffer is still in use; rows of no token have probability 0
+#pragma unroll
+      for (int r = 0; r < kRows / kWarp; ++r) {
+        const int row = r * kWarp + lane;
+        const int n = token + row / a.group;
+        row_stats[r] = row < used_rows && n < start + length
+                           ? stats[int64_t{n} * a.p.num_q_heads + head * a.group + row % a.group]
+                           : make_float2(INFINITY, 0.f);
+      }
       barrier_wait(&shared.empty[i], ring.parity ^ 1);
       if (lane == 0) {
         barrier_expect(&shared.full[i], bytes);
@@ -105,16 +111,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kGated) tma_load(shared.log_gates[i], maps.log_gates, &shared.full[i], page & -kGateAlign, head, token);
       }
 #pragma unroll
-      for (int row = lane; row < kRows; row += kWarp) {
-        const int n = token + row / a.group;
-        if (row < used_rows && n < start + length) {
-          const float2* source = stats + int64_t{n} * a.p.num_q_heads + head * a.group + row % a.group;
-          asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(smem_address(&shared.stats[i][row])),
-                       "l"(source)
-                       : "memory");
-        }
-      }
-      barrier_arrive_after_copies(&shared.full[i]);
+      for (int r = 0; r < kRows / kWarp; ++r) shared.stats[i][r * kWarp + lane] = row_stats[r];
+      barrier_arrive(&shared.full[i]);
       ring.advance();
     }
     return;

@@ -9,6 +9,8 @@ namespace {
 constexpr int kBlocksPerSm = 4;      // resident blocks that hide the latency of scattered page reads
 constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
+constexpr int kScoreBlocksPerSm = 8;      // thread blocks of a row of scores for each multiprocessor, at least
+constexpr int64_t kScoreBytes = 1 << 16;  // of the index for one of them: small ones leave no long tail
 
 }  // namespace
 
@@ -29,10 +31,14 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
   return {splits, partials * (head_dim + 1) * sizeof(float)};
 }
 
-int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int num_sms) {
-  const int64_t steps = int64_t{batch} * num_kv_heads * ((num_pages + step - 1) / step);
-  const int64_t per_block = steps / (int64_t{8} * std::max(num_sms, 1));
-  return step * static_cast<int>(std::clamp<int64_t>(per_block, 1, 16));
+int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int64_t page_bytes, int num_sms) {
+  const int64_t steps = (num_pages + step - 1) / step;
+  const int64_t per_block = batch * num_kv_heads * steps / (int64_t{kScoreBlocksPerSm} * std::max(num_sms, 1));
+  const int64_t most = std::clamp<int64_t>(kScoreBytes / (step * std::max<int64_t>(page_bytes, 1)), 4, 8);
+  const int64_t wanted = std::clamp<int64_t>(per_block, 1, most);
+  // Thread blocks of one size: the same pages for each with as few of them as that takes.
+  const int64_t blocks = (steps + wanted - 1) / wanted;
+  return step * static_cast<int>((steps + blocks - 1) / blocks);
 }
 
 }  // namespace unique_attn

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace unique_attn {
 
@@ -18,7 +19,7 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
 // Heads of a group that one thread block of sparse_decode serves.
 int decode_head_tile(int group);
 
-// page_scores: pages per thread block, a multiple of `step`.
-int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int num_sms);
+// page_scores: pages per thread block, a multiple of `step`. A page of a KV head has `page_bytes` bytes in the index.
+int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int64_t page_bytes, int num_sms);
 
 }  // namespace unique_attn
