@@ -61,6 +61,14 @@ __device__ __forceinline__ void store_score(const PageScoresParams& p, const Sco
   }
 }
 
+// Thread blocks of a kernel that a multiprocessor holds.
+template <typename Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  return error == cudaSuccess && blocks > 0 ? blocks : 1;
+}
+
 // Whether page_scores_mma_cuda can: 16-bit inputs and an exact index (not of `minmax`), or bf16 and a compressed one with
 // a usual head dimension.
 bool page_scores_on_mma(const PageScoresParams& params);

@@ -223,11 +223,12 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int fitting = static_cast<int>(kQueryBytes / bytes_per_token);
   const int tile = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
   const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
+  const auto kernel = page_scores_kernel<T, RuleT, kCompressed, CPL>;
+  static const int resident = resident_blocks(kernel, kThreads, kQueryBytes);
   const int chunk =
-      plan_score_chunk(p.batch * num_tiles, p.num_kv_heads, p.num_pages, kPagesPerStep, p.index.stride_page, num_sms);
+      plan_score_chunk(p.batch * num_tiles * p.num_kv_heads, p.num_pages, kPagesPerStep, resident * num_sms);
   const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  page_scores_kernel<T, RuleT, kCompressed, CPL>
-      <<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
+  kernel<<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
   return cudaGetLastError();
 }
 

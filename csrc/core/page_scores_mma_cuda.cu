@@ -89,12 +89,15 @@ class EntryCursor {
         blocks_per_step_(kStep / table_pages_),
         pages_per_step_(kStep % table_pages_) {}
 
-  // Null if no token of the tile sees the page: the table ends with the sequence.
+  // The first page of the index stands in for pages that no token of the tile sees (the table ends with the sequence):
+  // a row's score depends on nothing but its own entry.
   __device__ __forceinline__ const uint8_t* entry(const PageScoresParams& p, const ScoreTile& tile) const {
-    if (page_ >= tile.page_end || page_ < tile.first_page || page_ >= tile.last.end) return nullptr;
+    const uint8_t* entries = p.index.data + tile.head * p.index.stride_head;
+    if (page_ >= tile.page_end || page_ < tile.first_page || page_ >= tile.last.end) return entries;
     const int block = p.table.blocks[tile.b * p.table.stride_seq + block_];
-    return p.index.data + tile.head * p.index.stride_head + block * p.index.stride_block +
-           within_ * p.index.stride_page;
+    // Factors of 32 bits: one instruction each.
+    return entries + int64_t{block} * static_cast<int>(p.index.stride_block) +
+           within_ * static_cast<int>(p.index.stride_page);
   }
   __device__ __forceinline__ void advance() {
     page_ += kStep;
@@ -115,8 +118,9 @@ class EntryCursor {
 template <typename Row>
 class RowStream {
  public:
-  __device__ __forceinline__ RowStream(const PageScoresParams& p, const ScoreTile& tile, int page)
-      : p_(p), tile_(tile), cursors_{{p, page}, {p, page + 8}} {
+  // `any`: whether the tile sees a page at all; else the index may be empty, and nothing is read.
+  __device__ __forceinline__ RowStream(const PageScoresParams& p, const ScoreTile& tile, int page, bool any)
+      : p_(p), tile_(tile), any_(any), cursors_{{p, page}, {p, page + 8}} {
     look_up();
 #pragma unroll
     for (int i = 0; i < Row::kAhead; ++i) fetch(ahead_[i]);
@@ -144,13 +148,15 @@ class RowStream {
     }
   }
   __device__ __forceinline__ void fetch(Row (&rows)[2]) {
+    if (!any_) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half].load(entries_[half], entries_[half] != nullptr, p_.head_dim);
+    for (int half = 0; half < 2; ++half) rows[half].load(entries_[half], p_.head_dim);
     look_up();
   }
 
   const PageScoresParams& p_;
   const ScoreTile& tile_;
+  const bool any_;
   EntryCursor cursors_[2];
   const uint8_t* entries_[2];
   Row ahead_[Row::kAhead > 0 ? Row::kAhead : 1][2];
@@ -180,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 && kTiles == 1 ? 3 : 1)
   const int first = tile.page_begin + warp * kPages;
   __nv_bfloat16* out = score_row<__nv_bfloat16>(p, tile, 0);
 
-  RowStream<Row> stream(p, tile, first + lane / 4);
+  RowStream<Row> stream(p, tile, first + lane / 4, !nothing);
   if (!nothing) load_queries<T, Row>(shared, p, tile.b, tile.head, tile.token_begin, num_rows, group);
 
   for (int base = first; base < tile.page_end; base += kStep) {
@@ -260,12 +266,13 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 && kTiles == 1 ? 3 : 1)
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
   const int num_token_tiles = (p.num_query_tokens + tokens - 1) / tokens;
-  const int chunk =
-      plan_score_chunk(p.batch * num_token_tiles, p.num_kv_heads, p.num_pages, kStep, p.index.stride_page, num_sms);
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
   constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  static const int resident = resident_blocks(kernel, kThreads, kBytes);
+  const int chunk =
+      plan_score_chunk(p.batch * num_token_tiles * p.num_kv_heads, p.num_pages, kStep, resident * num_sms);
   const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
   return launch_dependent(kernel, grid, kThreads, kBytes, stream, 1, p, tokens, num_token_tiles, chunk);
 }
@@ -312,7 +319,7 @@ cudaError_t launch_form(const PageScoresParams& p, int num_sms, cudaStream_t str
 }  // namespace
 
 bool page_scores_on_mma(const PageScoresParams& p) {
-  if (p.rule == Rule::kMinMax || p.dtype == DType::kFloat32) return false;
+  if (p.rule == Rule::kMinMax || p.dtype == DType::kFloat32 || p.index.stride_block > INT32_MAX) return false;
   if (p.index.format == IndexFormat::kExact) return true;
   return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256);
 }

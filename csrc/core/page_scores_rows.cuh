@@ -27,10 +27,15 @@ __device__ __forceinline__ unsigned square2(unsigned pair) {
   }
 }
 
-// A constant in a register: an instruction holds one immediate, and with a second one the compiler makes two of it.
-__device__ __forceinline__ unsigned in_register(unsigned constant) {
+// Both compile to one instruction each; as expressions they would be two.
+__device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
   unsigned x;
-  asm("mov.b32 %0, %1;" : "=r"(x) : "r"(constant));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+}
+__device__ __forceinline__ unsigned pick_bytes(unsigned low, unsigned high, unsigned nibbles) {
+  unsigned x;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(low), "r"(high), "r"(nibbles));
   return x;
 }
 
@@ -65,12 +70,12 @@ struct ExactRow {
   static __device__ __forceinline__ int chunk_of_lane(int chunk) { return chunk / 4; }
   static __device__ __forceinline__ void query_words(unsigned (&)[4]) {}
 
-  __device__ __forceinline__ void load(const uint8_t* entry, bool visible, int head_dim) {
+  __device__ __forceinline__ void load(const uint8_t* entry, int head_dim) {
     const T* vectors = reinterpret_cast<const T*>(entry);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       const int channel = (j * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
-      const bool valid = visible && channel < head_dim;
+      const bool valid = channel < head_dim;
 #pragma unroll
       for (int i = 0; i < 4; ++i) mean[j][i] = 0u;
       if (valid) load_words(mean[j], vectors + channel);
@@ -80,7 +85,7 @@ struct ExactRow {
         if (valid) load_words(std[j], vectors + head_dim + channel);
       }
     }
-    scalar = kForm == Form::kUnique && visible ? to_float(vectors[head_dim]) : 0.f;
+    scalar = kForm == Form::kUnique ? to_float(vectors[head_dim]) : 0.f;
   }
   __device__ __forceinline__ void decode() {}
   __device__ __forceinline__ unsigned mean_pair(int step, int i) const { return mean[step / 2][step % 2 * 2 + i]; }
@@ -118,21 +123,12 @@ struct CompressedRow {
     w[3] = __byte_perm(x[1], x[3], 0x7632);
   }
 
-  __device__ __forceinline__ void load(const uint8_t* entry, bool visible, int) {
+  __device__ __forceinline__ void load(const uint8_t* entry, int) {
     const int lane = threadIdx.x % 4;
-#pragma unroll
-    for (unsigned& word : means) word = 0u;
-#pragma unroll
-    for (unsigned& word : spreads) word = 0u;
-#pragma unroll
-    for (unsigned& word : scales) word = 0u;
-    if (visible) {
-      load_words(scales, entry + lane * kGroups * sizeof(GroupScales));
-      load_words(means, entry + means_offset(kHeadDim) + lane * kHeadDim / 8);
-      if constexpr (kForm == Form::kVariance) {
-        load_words(spreads, entry + spreads_offset(kHeadDim) + lane * kHeadDim / 16);
-      }
-    }
+    load_words(scales, entry + lane * kGroups * sizeof(GroupScales));
+    load_words(means, entry + means_offset(kHeadDim) + lane * kHeadDim / 8);
+    if constexpr (kForm == Form::kVariance)
+      load_words(spreads, entry + spreads_offset(kHeadDim) + lane * kHeadDim / 16);
   }
   __device__ __forceinline__ void decode() {
     float sum = 0.f;
@@ -159,7 +155,7 @@ struct CompressedRow {
   __device__ __forceinline__ unsigned mean_pair(int k, int i) const {
     const int group = k / 2 * kGroups / kChunks;
     // 4 bits in the last places of bf16's 128 are 128 + bits; with the sign bit turned that is 136 + code.
-    const unsigned bits = (means[k / 2] >> (k % 2 * 2 + i) * 4 & 0x000f000fu) ^ in_register(0x43084308u);
+    const unsigned bits = and_xor(means[k / 2] >> (k % 2 * 2 + i) * 4, 0x000f000fu, 0x43084308u);
     const __nv_bfloat162 code = *reinterpret_cast<const __nv_bfloat162*>(&bits);
     // 1 for the outlier's code, whose bits are 128, and 0 for the others.
     const __nv_bfloat162 is_outlier = __hfma2_relu(code, __float2bfloat162_rn(-1.f), __float2bfloat162_rn(129.f));
@@ -171,8 +167,8 @@ struct CompressedRow {
     const int group = chunk * kGroups / kChunks;
     // Codes of channels 4 apart, a byte each, of two chunks; bytes 2 code and 2 code + 1 of the table for each.
     const unsigned codes = spreads[chunk / 2] >> (k % 2 * 2 + i) * 2 & 0x03030303u;
-    const unsigned bytes = codes * 0x22u + in_register(0x10101010u);
-    return __byte_perm(variances[group][0], variances[group][1], chunk % 2 == 0 ? bytes : bytes >> 16);
+    const unsigned bytes = codes * 0x22u + 0x10101010u;
+    return pick_bytes(variances[group][0], variances[group][1], chunk % 2 == 0 ? bytes : bytes >> 16);
   }
 };
 

@@ -9,8 +9,7 @@ namespace {
 constexpr int kBlocksPerSm = 4;      // resident blocks that hide the latency of scattered page reads
 constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
-constexpr int kScoreBlocksPerSm = 8;      // thread blocks of a row of scores for each multiprocessor, at least
-constexpr int64_t kScoreBytes = 1 << 16;  // of the index for one of them: small ones leave no long tail
+constexpr int kMaxScoreSteps = 16;  // rows of different lengths must still spread over the device
 
 }  // namespace
 
@@ -31,14 +30,19 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
   return {splits, partials * (head_dim + 1) * sizeof(float)};
 }
 
-int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int64_t page_bytes, int num_sms) {
+int plan_score_chunk(int rows, int num_pages, int step, int slots) {
   const int64_t steps = (num_pages + step - 1) / step;
-  const int64_t per_block = batch * num_kv_heads * steps / (int64_t{kScoreBlocksPerSm} * std::max(num_sms, 1));
-  const int64_t most = std::clamp<int64_t>(kScoreBytes / (step * std::max<int64_t>(page_bytes, 1)), 4, 8);
-  const int64_t wanted = std::clamp<int64_t>(per_block, 1, most);
-  // Thread blocks of one size: the same pages for each with as few of them as that takes.
-  const int64_t blocks = (steps + wanted - 1) / wanted;
-  return step * static_cast<int>((steps + blocks - 1) / blocks);
+  int64_t best = 1, best_cost = INT64_MAX;
+  for (int64_t n = 1; n <= std::min<int64_t>(steps, kMaxScoreSteps); ++n) {
+    const int64_t blocks = rows * ((steps + n - 1) / n);
+    const int64_t waves = (blocks + slots - 1) / slots;
+    const int64_t cost = waves * (2 * n + 1);  // a thread block's start takes about half a step
+    if (cost <= best_cost) {
+      best_cost = cost;
+      best = n;
+    }
+  }
+  return step * static_cast<int>(best);
 }
 
 }  // namespace unique_attn

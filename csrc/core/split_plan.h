@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace unique_attn {
 
@@ -19,7 +18,8 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
 // Heads of a group that one thread block of sparse_decode serves.
 int decode_head_tile(int group);
 
-// page_scores: pages per thread block, a multiple of `step`. A page of a KV head has `page_bytes` bytes in the index.
-int plan_score_chunk(int batch, int num_kv_heads, int num_pages, int step, int64_t page_bytes, int num_sms);
+// page_scores: pages per thread block, a multiple of `step`, for `rows` rows of scores on a device that holds `slots`
+// thread blocks at a time: the last ones to run shall leave few slots empty.
+int plan_score_chunk(int rows, int num_pages, int step, int slots);
 
 }  // namespace unique_attn
