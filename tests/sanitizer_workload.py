@@ -59,9 +59,8 @@ def main() -> None:
         for j, dtype in enumerate(DTYPES):
             decode_step(dtype, group, head_dim, page_size, 1 + 4 * (i % 2), rules[(i + j) % 4], "exact")
             decode_step(dtype, group, head_dim, page_size, 1 + 4 * (j % 2), rules[(i + j) % 3], "compressed")
-            if dtype != torch.float32 or head_dim <= 128:
-                for mode in ("soft", "hard"):
-                    training_step(dtype, group, head_dim, page_size, rules[(i + j) % 3], mode)
+            for mode in ("soft", "hard"):
+                training_step(dtype, group, head_dim, page_size, rules[(i + j) % 3], mode)
     topk = torch.randn(2, 1, 2, 9000, device="cuda")
     lens = torch.full((2,), 9000 * 8, dtype=torch.int32, device="cuda")
     for scores in (topk, topk.bfloat16()):

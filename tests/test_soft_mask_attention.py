@@ -58,8 +58,9 @@ def test_equals_the_oracle(device: str, dtype: torch.dtype, data: st.DataObject)
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_soft_gates_of_typical_shapes(device: str, dtype: torch.dtype, rule: str) -> None:
-    """What models have: several tiles of queries and keys, groups that are no power of two, both tuned head sizes."""
-    for group, head_dim, page_size, lengths in [(4, 128, 8, (200, 77)), (3, 64, 4, (131,)), (7, 64, 16, (150, 1))]:
+    """What models have: several tiles of queries and keys, groups of any size, tuned head sizes and the largest."""
+    shapes = [(4, 128, 8, (200, 77)), (3, 64, 4, (131,)), (7, 64, 16, (150, 1)), (2, 256, 8, (140, 9))]
+    for group, head_dim, page_size, lengths in shapes:
         spec = TrainSpec(lengths, 1, group, head_dim, page_size, num_pages=5, dtype=dtype, rule=rule)
         case = build(spec, device)
         mask = library_mask(case)

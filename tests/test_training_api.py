@@ -200,18 +200,6 @@ def test_fp64_on_cuda_is_refused(name: str, mode: str) -> None:
     assert_refused(name, args, "q|k|k_cache", ("float64", "CUDA"))
 
 
-@needs_cuda
-@pytest.mark.parametrize("mode", MODES)
-def test_wide_fp32_heads_on_cuda_are_refused_by_name(mode: str) -> None:
-    """More than 128 channels in fp32 do not fit into shared memory; 16-bit ones do, and the boundary alone does."""
-    case = build(TrainSpec((61,), head_dim=136, dtype=torch.bfloat16, mode=mode), "cuda")
-    options = {"mode": mode, "tau": case.tau, "page_size": 4}
-    tensors = (case.q, case.k, case.v)
-    train.masked_attention(*tensors, *case.packing, 6, **options)
-    with pytest.raises(ValueError, match=r"q: expected a head dimension of at most 128 .*CUDA.* got 136"):
-        train.masked_attention(*(x.float() for x in tensors), *case.packing, 6, **options)
-
-
 # ---- Values on the device. ----
 
 PACKINGS = [

@@ -126,11 +126,9 @@ def head_margin(q: Tensor, keys: Tensor, spec: TrainSpec) -> Tensor:
 
 
 def build(spec: TrainSpec, device: str = "cpu") -> TrainCase:
-    """The tensors of ``spec``; on CUDA fp64 becomes fp32, which has at most 128 channels there."""
+    """The tensors of ``spec``; on CUDA fp64 becomes fp32."""
     if device != "cpu" and spec.dtype == torch.float64:
         spec = replace(spec, dtype=torch.float32)
-    if device != "cpu" and spec.dtype == torch.float32:
-        spec = replace(spec, head_dim=min(spec.head_dim, 128))
     random = torch.Generator().manual_seed(spec.seed)
     tokens = sum(spec.lengths)
 

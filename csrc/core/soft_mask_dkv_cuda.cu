@@ -20,13 +20,15 @@ template <typename T, int DP>
 struct Config {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kRows = kWide ? (DP > 64 ? 16 : 32) : (DP > 128 ? 32 : 64);
+  // Keys and values take turns in one tile, read anew for every tile of queries, where two do not fit.
+  static constexpr bool kOneTile = kWide && DP > 128;
 };
 
 template <typename T, int DP>
 struct Shared {
   using C = Config<T, DP>;
   T k[kKeys * tile_stride<T>(DP)];
-  T v[kKeys * tile_stride<T>(DP)];
+  T v[C::kOneTile ? 8 : kKeys * tile_stride<T>(DP)];
   T q[C::kRows * tile_stride<T>(DP)];
   T grad[C::kRows * tile_stride<T>(DP)];
   PageTile<T, DP> pages;
@@ -59,10 +61,25 @@ __global__ void __launch_bounds__(kThreads) soft_mask_dkv_kernel(const SoftMaskB
     if (first_key + row >= s.length) return nullptr;
     return static_cast<const T*>(x) + (int64_t{s.start} + first_key + row) * stride_token + s.head * stride_head;
   };
-  load_tile<DP, kThreads>(shared.k, kKeys, p.head_dim,
-                          [&](int row) { return key_row(p.k, p.k_stride_token, p.k_stride_head, row); });
-  load_tile<DP, kThreads>(shared.v, kKeys, p.head_dim,
-                          [&](int row) { return key_row(p.v, p.v_stride_token, p.v_stride_head, row); });
+  T* v_tile = C::kOneTile ? shared.k : shared.v;
+  const auto load_keys = [&] {
+    load_tile<DP, kThreads>(shared.k, kKeys, p.head_dim,
+                            [&](int row) { return key_row(p.k, p.k_stride_token, p.k_stride_head, row); });
+  };
+  const auto load_values = [&] {
+    load_tile<DP, kThreads>(v_tile, kKeys, p.head_dim,
+                            [&](int row) { return key_row(p.v, p.v_stride_token, p.v_stride_head, row); });
+  };
+  // Where they share a tile: after all reads of the one, before any of the other.
+  const auto exchange = [&](const auto& load) {
+    __syncthreads();
+    load();
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  };
+  load_keys();
+  if (!C::kOneTile) load_values();
   if (p.mode == MaskMode::kSoft) load_pages<DP, kThreads>(shared.pages, p, s, first_page);
   for (int i = threadIdx.x; i < kTilePages * DP; i += kThreads) {
     shared.d_mean[i / DP][i % DP] = 0.f;
@@ -130,7 +147,9 @@ __global__ void __launch_bounds__(kThreads) soft_mask_dkv_kernel(const SoftMaskB
     }
     multiply_pb<DP / 8, kTiles>(dv, prob, shared.grad, kStride, scratch);
     float ds[kTiles][4] = {};
-    multiply_abt<kTiles>(ds, shared.v + warp * 16 * kStride, kStride, shared.grad, kStride, DP);
+    if (C::kOneTile) exchange(load_values);
+    multiply_abt<kTiles>(ds, v_tile + warp * 16 * kStride, kStride, shared.grad, kStride, DP);
+    if (C::kOneTile) exchange(load_keys);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

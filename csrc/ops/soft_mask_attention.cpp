@@ -72,10 +72,6 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   args.size("k", k, 2, q.size(2), "head dimension of q");
   for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
   args.groups(q.size(1), k.size(1));
-  if (args.is_cuda() && p.dtype == DType::kFloat32 && q.size(2) > 128) {
-    fail(args.op(), "q", "expected a head dimension of at most 128 for float32 on CUDA (shared memory), got ",
-         q.size(2));
-  }
   args.range("sink_pages", sink_pages, 0, INT32_MAX);
   if (theta.has_value() != tau.has_value() || theta.has_value() != index.has_value()) {
     fail(args.op(), "theta", "expected index, theta and tau together (soft mask) or none of them, got",

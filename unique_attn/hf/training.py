@@ -244,7 +244,7 @@ class TrainState:
         """
         if self.mode == "dense" or getattr(module, "layer_idx", None) in self.config.dense_layers:
             return None
-        reason = reason or _unsupported(query, key, value)
+        reason = reason or unsupported(query, key, value)
         layout = None if reason else self._layout(mask, query, kwargs, cached)
         if layout is None:
             reason = reason or CUSTOM_MASK
@@ -345,12 +345,6 @@ def _refined(layout: Layout, bounds: Tensor, tokens: int) -> Layout | None:
     begins[layout.cu_seqlens.long()] = True
     begins[bounds.long()] = True
     return _begins_layout(begins[:tokens])
-
-
-def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.dtype == torch.float32 and q.is_cuda and q.shape[-1] > 128:
-        return f"its head dim {q.shape[-1]} is more than 128, with float32"
-    return unsupported(q, k, v)
 
 
 @torch.compiler.disable
