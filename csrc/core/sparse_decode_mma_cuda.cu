@@ -34,8 +34,8 @@ template <typename T, int DP, int Warps>
 struct Shared {
   T ring[Warps][kUnits<DP, Warps>][kTokens * DP];
   // Of each quad of a round: its keys and values, and the place of its first token among those that the query sees.
-  const T* from[2][kQuads];
-  int seen[kQuads];
+  alignas(16) const T* from[2][kQuads];
+  alignas(16) int seen[kQuads];
 };
 
 // A warp's result, over its ring: rows are padded so that the lanes that hold different heads meet different banks.
@@ -169,13 +169,20 @@ __global__ void __launch_bounds__(Warps* kWarp)
       const int64_t stride = (values ? p.v_cache : p.k_cache).stride_token;
       const int64_t from_lane = lane_token * stride + lane_channels * 8;
       T* to = shared.ring[warp][place] + lane_token * DP;
+      // All look-ups come first: one after a copy would wait for it to be issued, and the next copy for the look-up.
+      const T* from[kTokens / kQuad];
+      int seen[kTokens / kQuad];
+#pragma unroll
+      for (int i = 0; i < kTokens / kQuad; ++i) {
+        from[i] = shared.from[values][first_quad(unit) + i];
+        seen[i] = shared.seen[first_quad(unit) + i] + lane_token;
+      }
 #pragma unroll
       for (int i = 0; i < kTokens; i += kCopyTokens) {
-        const int quad = first_quad(unit) + i / kQuad;
-        const T* from = shared.from[values][quad] + (from_lane + i % kQuad * stride);
-        const bool valid = static_cast<unsigned>(shared.seen[quad] + i % kQuad + lane_token) < num_copied;
+        const bool valid = static_cast<unsigned>(seen[i / kQuad] + i % kQuad) < num_copied;
         // unit_offset of token i + lane_token, in which no bit of the two meets.
-        copy_async16(to + i * DP + ((lane_channels ^ lane_token ^ (i & 7)) * 8), from, valid);
+        copy_async16(to + i * DP + ((lane_channels ^ lane_token ^ (i & 7)) * 8),
+                     from[i / kQuad] + (from_lane + i % kQuad * stride), valid);
       }
     };
     // Each use of a unit commits one group, empty or not, so that "all but the last kRing - 1" is always the next unit.
