@@ -78,6 +78,28 @@ def test_large_budget(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page_size", [4, 8, 64])
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "kv_heads", "group", "dim"),
+    [
+        *[(1, 1, 1, 4, 128), (2, 3, 2, 9, 72)],
+        *[(1, 16, 8, 1, 64), (1, 16, 8, 2, 128), (1, 16, 8, 1, 256)],
+        *[(1, 16, 17, 9, 40), (1, 16, 17, 1, 128), (1, 16, 17, 9, 256)],
+    ],
+)
+def test_any_number_of_pages(
+    device: str, page_size: int, batch: int, num_tokens: int, kv_heads: int, group: int, dim: int
+) -> None:
+    """Around a step of a warp, its ring of copies and a round of look-ups. On CUDA few rows are split, many are not."""
+    lengths = tuple(610 - 23 * b for b in range(batch))
+    dtype = torch.bfloat16 if page_size % 3 == 1 else torch.float16
+    case = build(Spec(lengths, num_tokens, kv_heads, group, dim, page_size, 1, dtype=dtype), device)
+    for tokens in (1, 17, 81, 177, 513):
+        pages = some_pages(case, -(-tokens // page_size), tokens)
+        assert_attention(case, pages, run(case, pages))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @given(data=st.data())
 @examples(20)
 def test_all_pages_equal_dense_attention(device: str, data: st.DataObject) -> None:

@@ -5,27 +5,41 @@
 namespace unique_attn {
 namespace {
 
+constexpr int kBatch = 8;  // splits whose results a thread loads together
+
 // One thread block per query head, one thread per channel: weigh the splits by their log-sum-exps.
 template <typename T>
 __global__ void __launch_bounds__(kMaxHeadDim) combine_splits_kernel(const SparseDecodeParams p) {
   wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const float* lses = p.partial_lse + row * p.num_splits;
+  const float* outs = p.partial_out + row * p.num_splits * p.head_dim + threadIdx.x;
+  float out[kBatch];
+  const auto load = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) out[i] = begin + i < p.num_splits ? outs[(begin + i) * p.head_dim] : 0.f;
+  };
+  load(0);  // does not wait for the maximum
   float m = -INFINITY;
   bool any_nan = false;
+#pragma unroll 8
   for (int i = 0; i < p.num_splits; ++i) {
     m = fmaxf(m, lses[i]);
     any_nan = any_nan || isnan(lses[i]);
   }
-  const float* outs = p.partial_out + row * p.num_splits * p.head_dim + threadIdx.x;
   float sum = 0.f, total = 0.f, weightless = 0.f;
-  for (int i = 0; i < p.num_splits; ++i) {
-    const float w = any_nan ? NAN : softmax_weight(lses[i] * kLog2e, m * kLog2e);
-    total += w;
-    if (w != 0.f) {
-      sum += w * outs[i * p.head_dim];
-    } else {
-      weightless += outs[i * p.head_dim];
+  for (int begin = 0; begin < p.num_splits; begin += kBatch) {
+    if (begin > 0) load(begin);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float lse = begin + i < p.num_splits ? lses[begin + i] : -INFINITY;
+      const float w = any_nan ? NAN : softmax_weight(lse * kLog2e, m * kLog2e);
+      total += w;
+      if (w != 0.f) {
+        sum += w * out[i];
+      } else {
+        weightless += out[i];
+      }
     }
   }
   // With no weight anywhere the splits are all 0 (nothing visible), or NaN (logits of -inf), which stays.

@@ -6,7 +6,6 @@
 namespace unique_attn {
 namespace {
 
-constexpr int kBlocksPerSm = 4;      // resident blocks that hide the latency of scattered page reads
 constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
 constexpr int kMaxScoreSteps = 16;  // rows of different lengths must still spread over the device
@@ -19,11 +18,15 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
                              int page_size, int num_sms) {
   if (batch == 0 || num_kv_heads == 0) return {1, 0};
   const int64_t rows = int64_t{batch} * num_query_tokens * num_kv_heads;
-  const int64_t wanted = (int64_t{kBlocksPerSm} * num_sms + rows - 1) / rows;
+  // Blocks on three quarters of the multiprocessors use all of the bandwidth, and one split needs no merge.
+  if (rows * 4 >= int64_t{num_sms} * 3) return {1, 0};
+  const int64_t wanted = (num_sms + rows - 1) / rows;
   const int64_t possible = std::max<int64_t>(1, int64_t{k} * page_size / kMinSplitTokens);
   int splits = static_cast<int>(std::min<int64_t>({wanted, possible, kMaxSplits}));
-  // No empty splits: the same pages per split with as few splits as they fill.
-  const int pages_per_split = (k + splits - 1) / splits;
+  // No empty splits, and no ragged ones where that costs nothing: the same pages per split, whole steps of the kernel,
+  // with as few splits as they fill.
+  const int step = std::max(1, kMinSplitTokens / page_size);
+  const int pages_per_split = ((k + splits - 1) / splits + step - 1) / step * step;
   splits = (k + pages_per_split - 1) / pages_per_split;
   if (splits == 1) return {1, 0};
   const size_t partials = size_t(batch) * num_query_tokens * num_q_heads * splits;

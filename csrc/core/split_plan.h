@@ -11,7 +11,7 @@ struct SplitPlan {
   size_t workspace_bytes;  // partial outputs and log-sum-exps, 0 for one split
 };
 
-// sparse_decode: splits over the selected pages until the grid fills `num_sms` multiprocessors a few times over.
+// sparse_decode: splits over the selected pages until every one of `num_sms` multiprocessors has a thread block.
 SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
                              int page_size, int num_sms);
 
