@@ -38,8 +38,9 @@ WARMUP = 3
 FEWEST = 20  # timed steps on CUDA, however long they take
 CHECKED_ROWS = 4
 CHECKED_STEPS = 3
-# Of the logits, root of the mean square of the difference to that of the reference. Rounding adds up over the layers.
-TOLERANCE = {"bf16": 0.05, "fp16": 0.01, "fp32": 1e-4}
+# Norm of the difference of the logits to the reference's, by the norm of those. Rounding adds up over the layers: 16 of
+# the preset give 0.03 in bf16; to attend to 7 of 8 pages gives 0.9.
+TOLERANCE = {"bf16": 0.1, "fp16": 0.02, "fp32": 1e-4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
