@@ -15,6 +15,7 @@ from unique_attn.cache import Call
 from unique_attn.config import UniqueConfig
 from unique_attn.decode import LayerPages, PagedTable
 from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache
+from unique_attn.hf.generate import decoding_loop
 from unique_attn.hf.hooks import attention_modules, hook_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 
@@ -199,6 +200,9 @@ class GraphedDecoder:
     is captured in a graph after the first prefill and replayed for every token, on the CPU it runs as it is. Lengths
     stay on the device, so the same graph serves every length up to ``max_length``. Prefill is dense and not captured.
 
+    Three ways to use it: :meth:`generate`, the fastest; ``model.generate(..., custom_generate=decoder)``, for what
+    transformers' generation offers; :meth:`prefill` and :meth:`step`.
+
     The model's weights must stay where they are; after loading others or another dtype, make a new decoder.
 
     Args:
@@ -331,6 +335,32 @@ class GraphedDecoder:
             new.append(token if eos_token_id is None else token.masked_fill(ended, eos_token_id))
         out = torch.cat([input_ids, *new], 1)
         return out if eos_token_id is None else _until_all_ended(out, length, eos_token_id)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The decoding loop of ``model.generate(..., custom_generate=decoder)``.
+
+        ``generate`` prepares the settings, logits processors and stopping criteria as always; greedy and sampling. The
+        next token is chosen by it, outside the graph, and the host looks after every token whether to stop.
+
+        Raises:
+            ValueError: another model, beams, a dictionary as output, a cache that holds tokens, more tokens than fit.
+        """
+        if model is not self.model:
+            raise ValueError("model: expected the model that the GraphedDecoder was made for, got another one")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"past_key_values: expected no tokens in it, got {cache.get_seq_length()}")
+        mask = model_kwargs.get("attention_mask")
+        return decoding_loop(self, input_ids, logits_processor, stopping_criteria, generation_config, mask)
 
 
 def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:
