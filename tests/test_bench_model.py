@@ -81,7 +81,8 @@ def test_result(tmp_path: Path, device, capsys: pytest.CaptureFixture):
     path = tmp_path / "model.json"
     dtype = "bf16" if device.type == "cuda" else "fp32"
     argv = flags(batch="1 3", dtype=dtype, head_dim=64 if device.type == "cuda" else 16)
-    assert main(["bench", "model", *argv, "--device", str(device), "--out", str(path)]) == 0
+    argv += ["--sides", "unique", "sdpa", "--device", str(device), "--out", str(path)]
+    assert main(["bench", "model", *argv]) == 0
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
     result = json.loads(path.read_text())
