@@ -20,6 +20,10 @@ RUNS = {
     "decode": ["--batch", "1", "2", "--context", "1024", "2048", "--head-dim", "128", "--budget", "64"],
     "scores": ["--batch", "1", "2", "--context", "1024", "32768", "--head-dim", "128"],
     "attention": ["--context", "1024", "--head-dim", "64", "--page-size", "4", "8", "--budget", "64"],
+    "model": [
+        *("--layers", "2", "--hidden", "64", "--mlp", "96", "--vocab", "97"),
+        *("--head-dim", "16", "--context", "256", "--budget", "64"),
+    ],
     "index": ["--context", "1024", "--new", "0", "3", "--head-dim", "64"],
     "topk": ["--rows", "4", "--pages", "1024", "2048", "--values", "random", "two"],
 }

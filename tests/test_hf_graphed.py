@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,56 @@ def test_equals_generate(device: str, family: str, padding: list[int] | None) ->
     decoder = GraphedDecoder(model, batch=2, max_length=100)
     got = decoder.generate(inputs["input_ids"], 60, inputs["attention_mask"] if padding else None)
     torch.testing.assert_close(got, expected(model, inputs, 60), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", [None, [9, 0]], ids=["even", "padded"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.5, "min_new_tokens": 20},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    ],
+    ids=["greedy", "processors", "sampling"],
+)
+def test_model_generate_runs_it(device: str, padding: list[int] | None, settings: dict[str, Any]) -> None:
+    """``custom_generate`` is transformers' way to bring a decoding loop."""
+    model = ua.enable(tiny().to(device), SMALL).eval()
+    inputs = {name: x.to(device) for name, x in prompt(2, 20, padding).items()}
+    free = model.generate(**inputs, max_new_tokens=40, pad_token_id=0, do_sample=False)
+    settings = {**settings, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": int(free[0, 45])}
+    decoder = ua.GraphedDecoder(model, batch=2, max_length=60)
+    torch.manual_seed(5)
+    wanted = model.generate(**inputs, **settings)
+    torch.manual_seed(5)
+    got = model.generate(**inputs, **settings, custom_generate=decoder)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_model_generate_is_refused_what_it_does_not_do() -> None:
+    model = ua.enable(tiny(), SMALL).eval()
+    inputs = prompt(2, 20)
+    decoder = ua.GraphedDecoder(model, batch=2, max_length=40)
+    for settings, complaint in (
+        ({"return_dict_in_generate": True}, "return_dict_in_generate: expected False"),
+        ({"max_new_tokens": 22}, "max_new_tokens: expected at most 41 tokens with the prompt, got 42"),
+        ({"use_cache": False}, "use_cache: expected True"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            model.generate(**inputs, **{"max_new_tokens": 5, "do_sample": False, **settings}, custom_generate=decoder)
+    other = ua.enable(tiny(), SMALL).eval()
+    with pytest.raises(ValueError, match="model: expected the model that"):
+        other.generate(**inputs, max_new_tokens=5, custom_generate=decoder)
+    assert model.generate(**inputs, max_new_tokens=21, do_sample=False, custom_generate=decoder).shape == (2, 41)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compressed_index(device: str) -> None:
+    model = ua.enable(tiny().to(device), replace(SMALL, index="compressed")).eval()
+    inputs = {name: x.to(device) for name, x in prompt(2, 50).items()}
+    got = ua.GraphedDecoder(model, batch=2, max_length=120).generate(inputs["input_ids"], 40)
+    torch.testing.assert_close(got, expected(model, inputs, 40), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

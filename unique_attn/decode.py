@@ -248,14 +248,21 @@ class PagedTable:
 class LayerPages:
     """Keys, values and page index of one layer: ``k``, ``v`` ``[num_blocks, H, block_size, D]`` and ``index``."""
 
-    def __init__(self, pool: PagePool, keys: Tensor, config: UniqueConfig) -> None:
-        """Storage for the blocks of ``pool``; heads, head dim, dtype and device as ``keys`` ``[B, H, L, D]``."""
+    def __init__(
+        self, pool: PagePool, keys: Tensor, config: UniqueConfig, storage: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Storage for the blocks of ``pool``; heads, head dim, dtype and device as ``keys`` ``[B, H, L, D]``.
+
+        ``storage``: ``k`` and ``v`` to use instead of new ones; :meth:`reindex` them.
+        """
         self.pool = pool
         self.config = config
         shape = (pool.num_blocks, keys.shape[1], pool.block_size, keys.shape[3])
         with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
-            self.k = torch.empty(shape, dtype=keys.dtype, device=keys.device)
-            self.v = torch.empty_like(self.k)
+            if storage is None:
+                new = torch.empty(shape, dtype=keys.dtype, device=keys.device)
+                storage = new, torch.empty_like(new)
+            self.k, self.v = storage
             self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
 
     @property
@@ -285,13 +292,17 @@ class LayerPages:
             )
         seq_lens = table.seq_lens(self.device)
         after = table.length - end  # tokens that the table already has behind these
+        self.reindex(table.block_table(self.device), seq_lens - after, k.shape[2])
+
+    def reindex(self, block_table: Tensor, seq_lens: Tensor, num_tokens: int) -> None:
+        """Index the pages of the last ``num_tokens`` of ``seq_lens`` ``[B]`` tokens, which are stored."""
         ops.page_index(
             self.k,
             self.index,
-            table.block_table(self.device),
-            (seq_lens - (after + k.shape[2])).clamp_(min=0),
-            seq_lens - after,
-            max_new_tokens=k.shape[2],
+            block_table,
+            (seq_lens - num_tokens).clamp_(min=0),
+            seq_lens,
+            max_new_tokens=num_tokens,
             rule=self.config.rule,
             page_size=self.config.page_size,
             index_format=self.config.index,

@@ -183,6 +183,49 @@ def flashinfer_dense(
     return ways
 
 
+def planned_for_graph(
+    table: torch.Tensor,
+    last_page_len: torch.Tensor,
+    layout: str,
+    block_size: int,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    tensor_cores: bool,
+) -> Any:
+    """FlashInfer's wrapper for CUDA graphs, planned for full blocks; a graph may count ``last_page_len`` up to them.
+
+    Args:
+        table: int32 ``[B, blocks of a sequence]``.
+        last_page_len: int32 ``[B]``, read at every run: tokens in the last block.
+        layout: ``HND`` or ``NHD``.
+        block_size: tokens of a block.
+        heads: query heads, KV heads, head dim.
+        dtype: of queries, keys and values.
+        tensor_cores: whether to use them.
+    """
+    batch, blocks = table.shape
+    device = table.device
+    indptr = torch.arange(0, batch * blocks + 1, blocks, dtype=torch.int32, device=device)
+    indices = table.flatten().contiguous()
+    wrapper = flashinfer(device).BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(WORKSPACE, dtype=torch.uint8, device=device),
+        layout,
+        use_cuda_graph=True,
+        use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=indptr.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last_page_len,
+        backend="fa2",
+    )
+    now = last_page_len.clone()
+    wrapper.plan(
+        indptr, indices, torch.full_like(now, block_size), *heads, block_size, pos_encoding_mode="NONE",
+        q_data_type=dtype, kv_data_type=dtype,
+    )  # fmt: skip
+    last_page_len.copy_(now)  # the plan has put its own there
+    return wrapper
+
+
 def nhd(cache: torch.Tensor) -> torch.Tensor:
     """``[blocks, H, block_size, D]`` as ``[blocks * block_size / 16, 16, H, D]``, contiguous."""
     return cache.transpose(1, 2).reshape(-1, NHD_BLOCK, cache.shape[1], cache.shape[3]).contiguous()

@@ -224,6 +224,45 @@ def topk(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
+def model(results: Sequence[Result]) -> str:
+    """``bench model``: time of a step, tokens/s and memory of every side, and ratios to the fastest dense one."""
+    parts = []
+    for result in results:
+        if result["bench"] != "model" or result["environment"]["device"] == "cpu":
+            continue
+        cases = [case for case in result["cases"] if case.get("best")]
+        groups = list(dict.fromkeys(group for case in cases for group in case["best"]))
+        if not groups:
+            continue
+        o = cases[0]["options"]
+        names = [PEERS.get(group, f"{group.partition('_')[2]} index") for group in groups]
+        rows = [
+            [tokens(case["options"]["batch"]), tokens(case["options"]["context"])]
+            + [_model_cell(case, group) for group in groups]
+            for case in cases
+        ]
+        parts.append(
+            f"One decode step of a whole model on {_machine(result)}: transformers' Llama with {o['layers']} layers, "
+            f"{o['heads']} heads, D={o['head_dim']}, hidden {o['hidden']}, MLP {o['mlp']}, vocabulary {o['vocab']}, "
+            f"{o['dtype']}, random weights, captured in a CUDA graph with append, logits and greedy sampling; "
+            f"`{o['rule']}`, {o['budget']} tokens in pages of {o['page_size']}. Median time, tokens/s, peak memory and "
+            "how many times faster than the fastest dense side, in the same run, with the same weights and the same "
+            "code outside attention.\n\n" + table(["batch", "context", *names], rows)
+        )
+    return "\n".join(parts)
+
+
+def _model_cell(case: Case, group: str) -> str:
+    if group not in case["best"]:
+        return "-"
+    side = case["sides"][case["best"][group]]
+    cell = f"{ms(side['median_ms'])}, {side['tokens_per_s']:.0f}/s"
+    if side["peak_bytes"] is not None:
+        cell += f", {side['peak_bytes'] / 2**30:.1f} GiB"
+    ratio = case["speedups"].get(group, {}).get(case["peer"])
+    return f"{cell}, **{ratio:.2f}x**" if ratio else cell
+
+
 def _times(peer: Mapping[str, Any], name: str) -> str:
     return f"**{peer[name]:.2f}x**" if peer.get(name) else "-"
 
@@ -237,6 +276,7 @@ def _images(results: Sequence[Result], names: Sequence[str]) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "decode results gpu": decode,
+    "model results": model,
     "index results": index,
     "scores results": scores,
     "topk results": topk,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,39 +15,13 @@ from unique_attn.cache import Call
 from unique_attn.config import UniqueConfig
 from unique_attn.decode import LayerPages, PagedTable
 from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache
+from unique_attn.hf.generate import decoding_loop
 from unique_attn.hf.hooks import attention_modules, hook_of
+from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 
-Sampler = Callable[[Tensor], Tensor]
+__all__ = ["GraphedDecoder", "StaticPages", "greedy", "sampler"]
+
 _MOST_PAGES = 4096  # that topk_pages selects
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """The most probable token ``[B]`` of logits ``[B, vocabulary]``."""
-    return logits.argmax(-1)
-
-
-def sampler(temperature: float = 1.0, top_k: int = 0) -> Sampler:
-    """A sampler that draws from ``softmax(logits / temperature)``, of the ``top_k`` largest logits if that is not 0.
-
-    Draws from torch's generator of the device (``torch.manual_seed``), also when it is replayed in a CUDA graph.
-
-    Raises:
-        ValueError: ``temperature`` is not positive or ``top_k`` negative.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, got {top_k}")
-
-    def sample(logits: Tensor) -> Tensor:
-        logits = logits.float() / temperature
-        if top_k:
-            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        # The largest of p / Exp(1) is a draw from p.
-        return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
-
-    return sample
 
 
 class StaticLayer(CacheLayerMixin):
@@ -112,6 +86,7 @@ class StaticLayer(CacheLayerMixin):
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             scale=scale,
+            index_format=config.index,
         )
 
     def gather(self) -> tuple[Tensor, Tensor]:
@@ -190,6 +165,33 @@ class StaticPages(Cache):
         self.block_table.copy_(table)
         self.host_length = length
 
+    @torch.no_grad()
+    def adopt(self, caches: Sequence[tuple[Tensor, Tensor]], block_table: Tensor, length: int) -> None:
+        """Begin with keys and values that are in blocks already: kept as they are, indexed, and appended to.
+
+        Args:
+            caches: of each layer, ``[num_blocks, H, block_size, D]`` each.
+            block_table: int32 ``[B, blocks_per_row]``, with the blocks of tokens to come.
+            length: tokens of every row.
+        """
+        self.table, self.host_length = None, length
+        self.block_table.copy_(block_table)
+        self.seq_lens.fill_(length)
+        for layer, (k, v) in zip(self.static_layers, caches, strict=True):
+            layer.storage = LayerPages(self.pool, k, self.config, storage=(k, v))
+            layer.storage.reindex(self.block_table, self.seq_lens, length)
+
+    # ---- What a GraphedStep asks for. ----
+
+    def advance(self) -> Tensor:
+        """Count one more token in every row; the positions of these tokens, int64 ``[B, 1]``."""
+        self.seq_lens.add_(1)
+        return (self.seq_lens - 1).long()[:, None]
+
+    def counters(self) -> list[Tensor]:
+        """The lengths."""
+        return [self.seq_lens]
+
 
 class GraphedDecoder:
     """Decode steps of a model that ``unique_attn.enable`` prepared, without work for the host between them.
@@ -197,6 +199,9 @@ class GraphedDecoder:
     One step (embedding, all layers with page-sparse attention, logits, sampling) runs over static buffers; on CUDA it
     is captured in a graph after the first prefill and replayed for every token, on the CPU it runs as it is. Lengths
     stay on the device, so the same graph serves every length up to ``max_length``. Prefill is dense and not captured.
+
+    Three ways to use it: :meth:`generate`, the fastest; ``model.generate(..., custom_generate=decoder)``, for what
+    transformers' generation offers; :meth:`prefill` and :meth:`step`.
 
     The model's weights must stay where they are; after loading others or another dtype, make a new decoder.
 
@@ -229,7 +234,6 @@ class GraphedDecoder:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.model = model
         self.config = hook.config if config is None else config
-        self.sample = sample
         self.device = next(model.parameters()).device
         self.cache = StaticPages(self.config, len(modules), batch, max_length, self.device)
         most = max((self.cache.num_pages(i) for i in range(len(modules))), default=0)
@@ -238,10 +242,18 @@ class GraphedDecoder:
                 f"max_length: expected at most {_MOST_PAGES * self.config.page_size} tokens with dense_layers, "
                 f"got {max_length}"
             )
-        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
-        self.logits: Tensor | None = None  # [B, vocabulary] of the last step or prefill
+        self._step = GraphedStep(model, self.cache, batch, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._graph: Any = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 ``[B, 1]``: the last token of each row."""
+        return self._step.tokens
+
+    @property
+    def logits(self) -> Tensor | None:
+        """``[B, vocabulary]`` of the last step or prefill; None before the first."""
+        return self._step.logits
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -269,12 +281,9 @@ class GraphedDecoder:
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         logits = self.model(input_ids, past_key_values=dense, use_cache=True, **options).logits[:, -1]
         self.cache.fill(dense, padding)
-        if self.logits is None:
-            self.logits = logits.clone()
-        self.logits.copy_(logits)
-        self.tokens.copy_(self.sample(logits)[:, None])
-        if self.device.type == "cuda" and self._graph is None:
-            self._capture()
+        self._step.keep(logits)
+        self.tokens.copy_(self._step.sample(logits)[:, None])
+        self._step.capture()
         return self.tokens
 
     @torch.no_grad()
@@ -288,10 +297,7 @@ class GraphedDecoder:
             raise RuntimeError("step: expected a prefill() before it")
         if self.cache.host_length >= self.cache.max_length:
             raise RuntimeError(f"step: max_length = {self.cache.max_length} tokens are reached")
-        if self._graph is None:
-            self._step()
-        else:
-            self._graph.replay()
+        self._step.run()
         self.cache.host_length += 1
         return self.tokens
 
@@ -330,34 +336,31 @@ class GraphedDecoder:
         out = torch.cat([input_ids, *new], 1)
         return out if eos_token_id is None else _until_all_ended(out, length, eos_token_id)
 
-    def _step(self) -> None:
-        """One step over the static buffers; nothing of it depends on the host."""
-        assert self.logits is not None
-        self.cache.seq_lens.add_(1)
-        positions = (self.cache.seq_lens - 1).long()[:, None]
-        logits = self.model(self.tokens, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
-        self.logits.copy_(logits[:, -1])
-        self.tokens.copy_(self.sample(self.logits)[:, None])
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The decoding loop of ``model.generate(..., custom_generate=decoder)``.
 
-    def _capture(self) -> None:
-        tokens, seq_lens = self.tokens.clone(), self.cache.seq_lens.clone()
-        logits = None if self.logits is None else self.logits.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what libraries set up in their first calls
-                self._step()
-                self.cache.seq_lens.copy_(seq_lens)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._graph = graph
-        # What the warm-up wrote behind the last token is written again by the first step.
-        self.tokens.copy_(tokens)
-        self.cache.seq_lens.copy_(seq_lens)
-        if logits is not None and self.logits is not None:
-            self.logits.copy_(logits)
+        ``generate`` prepares the settings, logits processors and stopping criteria as always; greedy and sampling. The
+        next token is chosen by it, outside the graph, and the host looks after every token whether to stop.
+
+        Raises:
+            ValueError: another model, beams, a dictionary as output, a cache that holds tokens, more tokens than fit.
+        """
+        if model is not self.model:
+            raise ValueError("model: expected the model that the GraphedDecoder was made for, got another one")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"past_key_values: expected no tokens in it, got {cache.get_seq_length()}")
+        mask = model_kwargs.get("attention_mask")
+        return decoding_loop(self, input_ids, logits_processor, stopping_criteria, generation_config, mask)
 
 
 def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:

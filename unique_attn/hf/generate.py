@@ -1,0 +1,57 @@
+"""The decoding loop that ``model.generate`` runs when it is given a GraphedDecoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from unique_attn.hf.graphed import GraphedDecoder
+
+
+def decoding_loop(
+    decoder: GraphedDecoder,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Prompts and new tokens ``[B, L + n]``: what transformers' own loop does, with the decoder's steps.
+
+    Args:
+        decoder: whose sampler is not used here.
+        input_ids: int64 ``[B, L]``.
+        logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
+        attention_mask: ``[B, L]`` with 0 for left padding, or None.
+
+    Raises:
+        ValueError: something asked for that the loop does not do, or more tokens than fit.
+    """
+    config, most = generation_config, decoder.cache.max_length + 1
+    for name, plain in (("num_beams", 1), ("return_dict_in_generate", False), ("use_cache", True)):
+        value = getattr(config, name, None)
+        if value not in (None, plain):
+            raise ValueError(f"{name}: expected {plain} with a GraphedDecoder, got {value}")
+    if config.max_length > most:
+        raise ValueError(f"max_new_tokens: expected at most {most} tokens with the prompt, got {config.max_length}")
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    decoder.prefill(input_ids, attention_mask)
+    while True:
+        assert decoder.logits is not None
+        scores = logits_processor(input_ids, decoder.logits.to(torch.float32, copy=True))
+        if config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if ends:
+            tokens = torch.where(unfinished, tokens, config._pad_token_tensor)
+        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        unfinished &= ~stopping_criteria(input_ids, None)
+        if not bool(unfinished.any()):
+            return input_ids
+        decoder.tokens.copy_(tokens[:, None])
+        decoder.step()

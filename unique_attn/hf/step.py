@@ -1,0 +1,127 @@
+"""One decode step of a model over static buffers: on CUDA captured once in a graph and replayed, else run as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Sampler = Callable[[Tensor], Tensor]
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token ``[B]`` of logits ``[B, vocabulary]``."""
+    return logits.argmax(-1)
+
+
+def sampler(temperature: float = 1.0, top_k: int = 0) -> Sampler:
+    """A sampler that draws from ``softmax(logits / temperature)``, of the ``top_k`` largest logits if that is not 0.
+
+    Draws from torch's generator of the device (``torch.manual_seed``), also when it is replayed in a CUDA graph.
+
+    Raises:
+        ValueError: ``temperature`` is not positive or ``top_k`` negative.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, got {top_k}")
+
+    def sample(logits: Tensor) -> Tensor:
+        logits = logits.float() / temperature
+        if top_k:
+            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        # The largest of p / Exp(1) is a draw from p.
+        return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
+
+    return sample
+
+
+class StepCache(Protocol):
+    """What a step needs of a cache beside what the model does with it: lengths that live on the device."""
+
+    def advance(self) -> Tensor:
+        """Count one more token in every row; returns the positions of these tokens, int64 ``[B, 1]``."""
+
+    def counters(self) -> Sequence[Tensor]:
+        """Every tensor in which a step counts: with their old values the step can be repeated."""
+
+
+class GraphedStep:
+    """Embedding, all layers, logits and sampling for one token of every row, without work for the host in between.
+
+    Nothing of a step depends on the host, so one graph serves every length that the cache can hold.
+
+    Args:
+        model: a causal language model in eval mode, whose attention writes to and reads from ``cache``.
+        cache: what the model gets as ``past_key_values``.
+        batch: rows.
+        sample: next tokens ``[B]`` from logits ``[B, vocabulary]``. On CUDA it is captured too.
+    """
+
+    def __init__(self, model: nn.Module, cache: StepCache, batch: int, sample: Sampler = greedy) -> None:
+        self.model, self.cache, self.sample = model, cache, sample
+        self.device = next(model.parameters()).device
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
+        self.logits: Tensor | None = None  # [B, vocabulary] of the last step
+        self._graph: Any = None
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """One step: takes ``tokens``, leaves the next ones there and their logits in ``logits``."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    def keep(self, logits: Tensor) -> None:
+        """Copy logits ``[B, vocabulary]`` into the place where steps leave theirs."""
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture the step in a CUDA graph; does nothing on another device or the second time.
+
+        Runs it twice before. That counts nothing, and what it writes behind the last token the first step writes again.
+        """
+        if self.device.type != "cuda" or self.captured:
+            return
+        changed = [self.tokens, *self.cache.counters()]
+        before = [each.clone() for each in changed]
+        logits = None if self.logits is None else self.logits.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what libraries set up in their first calls
+                self._step()
+                restore(changed, before)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+        restore(changed, before)
+        if logits is not None:
+            self.keep(logits)
+
+    def _step(self) -> None:
+        positions = self.cache.advance()
+        logits = self.model(self.tokens, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
+        self.keep(logits[:, -1])
+        assert self.logits is not None
+        self.tokens.copy_(self.sample(self.logits)[:, None])
+
+
+def restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy ``values`` into ``tensors``."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
