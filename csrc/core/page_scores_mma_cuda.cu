@@ -168,8 +168,14 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
+// Thread blocks a multiprocessor must hold, or registers would be spent on fewer.
+template <typename Row, int kSteps, int kTiles>
+constexpr int kResident = kSteps > 8 || kTiles > 1 ? 1
+                          : Row::kSmall            ? 5
+                                                   : 3;
+
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
-__global__ void __launch_bounds__(kThreads, kSteps <= 8 && kTiles == 1 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
     page_scores_mma_kernel(const PageScoresParams p, int tokens_per_tile, int num_token_tiles, int pages_per_block) {
   wait_for_previous_kernel();
   extern __shared__ __align__(16) char shared_bytes[];

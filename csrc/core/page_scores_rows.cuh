@@ -62,7 +62,8 @@ __device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void
 template <typename T, Form kForm, int kSteps>
 struct ExactRow {
   static constexpr int kChunks = kSteps / 2;
-  static constexpr int kAhead = kSteps <= 8 ? 1 : 0;  // as many as the registers hold
+  static constexpr bool kSmall = false;               // whether many rows fit into a warp's registers
+  static constexpr int kAhead = kSteps <= 8 ? 1 : 0;  // tiles whose loads are under way
   unsigned mean[kChunks][4], std[kForm == Form::kVariance ? kChunks : 1][4];
   float scalar;  // `unique`
 
@@ -103,7 +104,8 @@ struct CompressedRow {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kChunks = kSteps / 2;
   static constexpr int kGroups = kSteps > 8 ? kSteps / 8 : 1;  // of a lane
-  static constexpr int kAhead = 2;
+  static constexpr bool kSmall = true;
+  static constexpr int kAhead = kForm == Form::kVariance ? 1 : 2;
   unsigned means[kChunks];                                      // 8 codes of 4 bits
   unsigned spreads[kForm == Form::kVariance ? kSteps / 4 : 1];  // 16 codes of 2 bits
   unsigned scales[kGroups];

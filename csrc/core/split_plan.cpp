@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
-constexpr int kMaxScoreSteps = 16;  // rows of different lengths must still spread over the device
+constexpr int kMaxScoreSteps = 8;  // rows of different lengths must still spread over the device
 
 }  // namespace
 
