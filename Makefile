@@ -82,8 +82,9 @@ test-transformers: build .venv-tf-oldest/.requirements .venv-tf-newest/.requirem
 		.venv-tf-$$version/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
 	done; exit $$status
 
-# On a machine with a GPU.
-sanitize: build
+# On a machine with a GPU. Leaves a library for the sanitizer behind; `make build` brings the usual one back.
+sanitize:
+	UNIQUE_ATTN_NVCC_FLAGS=-DUNIQUE_ATTN_RACECHECK $(MAKE) build
 	for tool in memcheck racecheck; do PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitizer_workload.py || exit 1; done
 

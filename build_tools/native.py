@@ -135,7 +135,8 @@ class NativeBuild:
         # before this library, so no rpath is needed.
         link = [f"-L{torch.path / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-lpthread"]
         if self.cuda is not None:
-            flags = [*NVCC_FLAGS, "-DUNIQUE_ATTN_WITH_CUDA", *self.cuda.gencode]
+            more = os.environ.get("UNIQUE_ATTN_NVCC_FLAGS", "").split()
+            flags = [*NVCC_FLAGS, "-DUNIQUE_ATTN_WITH_CUDA", *self.cuda.gencode, *more]
             if "sm_90a" in self.cuda.archs:  # else the kernels for Hopper are empty and must not be launched
                 flags.append("-DUNIQUE_ATTN_SM90A")
             self.cuda_objects = [self._object(s, "ops", "nvcc", flags) for s in _sources("csrc/core/*.cu")]

@@ -44,10 +44,19 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
-// One arrival for the whole warp: a buffer's readers are warps.
+// One arrival for the whole warp: a buffer's readers are warps. compute-sanitizer's racecheck follows no lane that arrives
+// for others and would report their reads, so all arrive in a build for it.
+#ifdef UNIQUE_ATTN_RACECHECK
+constexpr int kArrivals = kWarp;  // of a warp
+#else
+constexpr int kArrivals = 1;
+#endif
+__device__ __forceinline__ void barrier_init_warps(uint64_t* barrier, int warps) {
+  barrier_init(barrier, warps * kArrivals);
+}
 __device__ __forceinline__ void barrier_arrive_warp(uint64_t* barrier) {
   __syncwarp();
-  if (threadIdx.x % kWarp == 0) barrier_arrive(barrier);
+  if (threadIdx.x % kWarp < kArrivals) barrier_arrive(barrier);
 }
 
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], kGroups * 4);
+      barrier_init_warps(&shared.empty[i], kGroups * 4);
     }
     barrier_init_fence();
   }

@@ -1,11 +1,13 @@
-// One thread block per touched page and KV head, one thread per channel. A page's keys are read twice (two-pass
-// variance); the second read comes from L1.
+// One thread block per touched page and KV head, one thread per channel. The variance takes two passes; the second one
+// over a long page reads its keys from L1.
 #include "dependent_launch.cuh"
 #include "device_utils.cuh"
 #include "page_index.h"
 
 namespace unique_attn {
 namespace {
+
+constexpr int kKeys = 8;
 
 // Sum over the block; every thread gets it. `scratch` holds one float per warp.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
@@ -91,22 +93,38 @@ __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndex
   // A page lies within one block, so its rows are stride_token apart.
   const T* keys = static_cast<const T*>(p.k_cache.data) + token_row<T>(p.k_cache, p.table, b, head, first) + d;
 
+  // Several keys at a time, so that their loads do not wait for one another; a page of so many is read once.
+  float x[kKeys];
+  const auto load = [&](int begin) {
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      x[j] = begin + j < count ? to_float(keys[(begin + j) * p.k_cache.stride_token]) : 0.f;
+    }
+  };
   ChannelStats<float> stats{0.f, 0.f, 0.f, 0.f};
   if (active) {
-    stats.min = stats.max = to_float(keys[0]);
     float sum = 0.f;
-    for (int j = 0; j < count; ++j) {
-      const float x = to_float(keys[j * p.k_cache.stride_token]);
-      sum += x;
-      // Comparisons written so that a NaN stays.
-      stats.min = stats.min <= x ? stats.min : (isnan(stats.min) ? stats.min : x);
-      stats.max = stats.max >= x ? stats.max : (isnan(stats.max) ? stats.max : x);
+    for (int begin = 0; begin < count; begin += kKeys) {
+      load(begin);
+      if (begin == 0) stats.min = stats.max = x[0];
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        if (begin + j >= count) break;
+        sum += x[j];
+        // Comparisons written so that a NaN stays.
+        stats.min = stats.min <= x[j] ? stats.min : (isnan(stats.min) ? stats.min : x[j]);
+        stats.max = stats.max >= x[j] ? stats.max : (isnan(stats.max) ? stats.max : x[j]);
+      }
     }
     stats.mean = sum / count;
     float squares = 0.f;
-    for (int j = 0; j < count; ++j) {
-      const float diff = to_float(keys[j * p.k_cache.stride_token]) - stats.mean;
-      squares += diff * diff;
+    for (int begin = 0; begin < count; begin += kKeys) {
+      if (count > kKeys) load(begin);
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        const float diff = x[j] - stats.mean;
+        if (begin + j < count) squares += diff * diff;
+      }
     }
     stats.var = squares / count;
   }

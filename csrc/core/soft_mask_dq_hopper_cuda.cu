@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init(&shared.q_full, 1);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], kConsumers);
+      barrier_init_warps(&shared.empty[i], kConsumers);
     }
     barrier_init_fence();
   }

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init(&shared.q_full, 1);
     for (int i = 0; i < kKeyStages; ++i) {
       barrier_init(&shared.k_full[i], 1);
-      barrier_init(&shared.k_empty[i], kConsumers);
+      barrier_init_warps(&shared.k_empty[i], kConsumers);
     }
     for (int i = 0; i < kValueStages; ++i) {
       barrier_init(&shared.v_full[i], 1);
-      barrier_init(&shared.v_empty[i], kConsumers);
+      barrier_init_warps(&shared.v_empty[i], kConsumers);
     }
     barrier_init_fence();
   }
