@@ -336,7 +336,7 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  return launch_dependent(kernel, grid, kThreads, kBytes, stream, 1, p, tokens, num_token_tiles, chunk);
+  return launch_dependent(kernel, grid, kThreads, kBytes, stream, p, tokens, num_token_tiles, chunk);
 }
 
 template <typename T, Form kForm, int kSteps>

@@ -214,7 +214,7 @@ cudaError_t launch(const SparseDecodeParams& p, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * p.num_query_tokens, p.num_kv_heads, p.num_splits);
-  return launch_dependent(kernel, grid, kThreads, sizeof(Shared<T, DP>), stream, 1, p, pages_per_split);
+  return launch_dependent(kernel, grid, kThreads, sizeof(Shared<T, DP>), stream, p, pages_per_split);
 }
 
 template <typename T>

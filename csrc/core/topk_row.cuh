@@ -55,9 +55,9 @@ struct RowOutput {
   }
 };
 
-// Rows of any length, by radix select in several passes over memory.
+// Any k, by radix select in several passes over memory.
 cudaError_t topk_radix_cuda(const TopkPagesParams& params, cudaStream_t stream);
-// Rows that fit into the registers of a few thread blocks; cudaErrorNotSupported for others.
-cudaError_t topk_bisect_cuda(const TopkPagesParams& params, cudaStream_t stream);
+// One pass over memory, for k <= 512; cudaErrorNotSupported for others.
+cudaError_t topk_stream_cuda(const TopkPagesParams& params, cudaStream_t stream);
 
 }  // namespace unique_attn
