@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "dependent_launch.cuh"
+#include "topk_candidates.cuh"
 #include "topk_row.cuh"
 #include "topk_tile.cuh"
 
@@ -20,58 +21,11 @@ namespace unique_attn {
 namespace {
 
 constexpr int kMaxRanked = 128;  // for more wanted pages bisection goes on to the end, as ranks cost the square
+constexpr int kValueSteps = 6;   // of bisection by values; then by keys
 
 // Order key of -inf, the least of all numbers.
 template <typename Score>
 constexpr unsigned kLowestKey = sizeof(Score) == 2 ? 0x007fu : 0x007fffffu;
-
-// A candidate as one integer, larger if better. 32 bits hold a bf16 score and one of 2^16 pages.
-template <typename Entry>
-constexpr int kPageBits = sizeof(Entry) == 4 ? 16 : 20;
-template <typename Entry>
-constexpr unsigned kLastPage = (1u << kPageBits<Entry>)-1u;
-
-template <typename Entry>
-__device__ __forceinline__ Entry make_entry(unsigned key, unsigned page) {
-  return static_cast<Entry>(key) << kPageBits<Entry> | (kLastPage<Entry> - page);
-}
-template <typename Entry>
-__device__ __forceinline__ unsigned entry_key(Entry entry) {
-  return static_cast<unsigned>(entry >> kPageBits<Entry>);
-}
-template <typename Entry>
-__device__ __forceinline__ unsigned entry_page(Entry entry) {
-  return kLastPage<Entry> - (static_cast<unsigned>(entry) & kLastPage<Entry>);
-}
-
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-template <typename Tile, typename EntryT>
-struct Shared {
-  using Entry = EntryT;
-  static constexpr int kMaxWanted = smaller(Tile::kThreads / 2, 2048 / Tile::kScores);
-  static constexpr int kLimit = kMaxWanted * 3 / 2;  // of threads that reach the bound; of candidates when narrowed
-  static constexpr int kCapacity = kLimit * (Tile::kScores + 1);
-  alignas(16) Entry candidates[kCapacity];
-  alignas(16) Entry best[kLimit];
-  alignas(16) unsigned pages[kMaxWanted];  // bitwise not of the selected ones
-  uint2 warps[Tile::kThreads / kWarp];
-  int num_candidates, num_best;
-};
-
-// Smallest and largest key of the block, in two parts with a barrier between. Threads without a key give (~0, 0).
-template <typename S>
-__device__ __forceinline__ void put_key_range(S& shared, unsigned low, unsigned high) {
-  low = __reduce_min_sync(kFullMask, low);
-  high = __reduce_max_sync(kFullMask, high);
-  if (threadIdx.x % kWarp == 0) shared.warps[threadIdx.x / kWarp] = make_uint2(low, high);
-}
-template <int kThreads, typename S>
-__device__ __forceinline__ uint2 get_key_range(const S& shared) {
-  const int lane = threadIdx.x % kWarp;
-  const uint2 range = lane < kThreads / kWarp ? shared.warps[lane] : make_uint2(~0u, 0u);
-  return make_uint2(__reduce_min_sync(kFullMask, range.x), __reduce_max_sync(kFullMask, range.y));
-}
 
 // Scores of a key above `key`, and those equal to it in vectors of the chunk before `tie_end`.
 struct Bound {
@@ -79,13 +33,35 @@ struct Bound {
   int tie_end;
 };
 
-// A bound that at least `wanted` and at most `limit` threads reach, when more than `limit` reach range.x. `mine`: the
-// thread's largest key. Every path has a barrier after `range` was read.
-template <typename Tile>
-__device__ __forceinline__ Bound raise_bound(const Tile& tile, unsigned mine, uint2 range, int wanted, int limit) {
+// A bound that at least `wanted` scores reach, but few: at most `limit` threads, or, where it has ties, about as many
+// scores. More than `limit` threads reach range.x. `mine`: the thread's largest key. Every path has a barrier after
+// `range` was read.
+template <typename Tile, typename S>
+__device__ __forceinline__ Bound raise_bound(const Tile& tile, unsigned mine, uint2 range, int wanted, int limit,
+                                             S& shared) {
+  using Score = typename Tile::Score;
+  using Word = typename Tile::Word;
   unsigned low = range.x, high = range.y + 1u;  // more than `limit` threads reach low, fewer than `wanted` high
+  // Scores of a usual distribution take few steps by their values, others by their keys, which are far apart around 0.
+  const float score = key_score<Score>(mine);
+  float least = key_score<Score>(range.x), greatest = key_score<Score>(range.y);
+  for (int step = 0; step < kValueSteps; ++step) {
+    const float middle = 0.5f * least + 0.5f * greatest;
+    if (!(middle > least && middle < greatest)) break;
+    const int count = __syncthreads_count(score >= middle);
+    if (count > limit) {
+      least = middle;
+      low = Word::least_key(middle);
+    } else if (count < wanted) {
+      greatest = middle;
+      high = Word::least_key(middle);
+    } else {
+      return {Word::least_key(middle), INT_MAX};
+    }
+  }
   while (high - low > 1u) {
-    const unsigned middle = low + (high - low) / 2u;
+    // From -inf the next number is far.
+    const unsigned middle = low == kLowestKey<Score> ? low + 1u : low + (high - low) / 2u;
     const int count = __syncthreads_count(mine >= middle);
     if (count > limit) {
       low = middle;
@@ -95,41 +71,49 @@ __device__ __forceinline__ Bound raise_bound(const Tile& tile, unsigned mine, ui
       return {middle, INT_MAX};
     }
   }
-  int first_tie = mine > low ? -1 : INT_MAX;  // the vector by which the thread reaches the bound
-  if (mine == low) {
+  int above = 0, ties[Tile::kVectors];
 #pragma unroll
-    for (int v = Tile::kVectors - 1; v >= 0; --v) {
-      if (tile.vector_max_key(v) == low) first_tie = Tile::vector_start(v) / Tile::kWidth;
-    }
+  for (int v = 0; v < Tile::kVectors; ++v) {
+    const int larger = __popc(tile.bits_at_least(v, low + 1u));
+    above += larger;
+    ties[v] = __popc(tile.bits_at_least(v, low)) - larger;
   }
-  int few = 0, many = Tile::kVectors * Tile::kThreads;
-  while (true) {
-    const int middle = (few + many) / 2;
-    const int count = __syncthreads_count(first_tie < middle);
-    if (count > limit) {
-      many = middle;
-    } else if (count < wanted) {
+  int few = -1, many = Tile::kVectors * Tile::kThreads;  // by the tie_end at `many`, more than `limit` scores
+  for (int turn = 0, middle = 0;; ++turn) {
+    int count = above;
+#pragma unroll
+    for (int v = 0; v < Tile::kVectors; ++v) count += Tile::vector_start(v) / Tile::kWidth < middle ? ties[v] : 0;
+    count = block_sum<Tile::kThreads>(shared, turn % 2, count);
+    if (count < wanted) {
       few = middle;
-    } else {
+    } else if (count <= limit || middle == 0) {
       return {low, middle};
+    } else {
+      many = middle;
     }
+    middle = (few + many) / 2;
   }
 }
 
-// Appends every score that reaches `bound` and has a key of at least `lowest`.
-template <typename Tile, typename S>
-__device__ __forceinline__ void append(const Tile& tile, unsigned mine, Bound bound, unsigned lowest, int first_page,
-                                       S& shared) {
-  using Entry = typename S::Entry;
-  const int lane = threadIdx.x % kWarp;
-  unsigned left = 0;  // a bit per score
+// One bit for each score of the thread that reaches `bound` and has a key of at least `lowest`.
+template <typename Tile>
+__device__ __forceinline__ unsigned reaching_scores(const Tile& tile, unsigned mine, Bound bound, unsigned lowest) {
+  unsigned bits = 0;
   if (mine >= max(bound.key, lowest)) {
 #pragma unroll
     for (int v = 0; v < Tile::kVectors; ++v) {
       const bool ties = Tile::vector_start(v) / Tile::kWidth < bound.tie_end;
-      left |= tile.bits_at_least(v, max(ties ? bound.key : bound.key + 1u, lowest));
+      bits |= tile.bits_at_least(v, max(ties ? bound.key : bound.key + 1u, lowest));
     }
   }
+  return bits;
+}
+
+// Appends the scores whose bits are set in `left`.
+template <typename Tile, typename S>
+__device__ __forceinline__ void append(const Tile& tile, unsigned left, int first_page,
+                                       Packing<typename S::Entry> packing, S& shared) {
+  const int lane = threadIdx.x % kWarp;
   const int sum = __reduce_add_sync(kFullMask, __popc(left));
   if (sum == 0) return;
   int at = lane == 0 ? atomicAdd(&shared.num_candidates, sum) : 0;
@@ -141,84 +125,10 @@ __device__ __forceinline__ void append(const Tile& tile, unsigned mine, Bound bo
       const int bit = __ffs(left) - 1;
       left &= left - 1u;
       shared.candidates[at + __popc(lanes & ((1u << lane) - 1u))] =
-          make_entry<Entry>(tile.key(bit), static_cast<unsigned>(first_page + Tile::place(bit)));
+          packing.pack(tile.key(bit), static_cast<unsigned>(first_page + Tile::place(bit)));
     }
     at += __popc(lanes);
   }
-}
-
-struct Narrowed {
-  int count;
-  unsigned next_key;  // least key by which a later page can still be selected
-};
-
-// Copies the best of the candidates to shared.best: at least `wanted`, at most `limit`. There are more than that.
-template <int kThreads, typename S>
-__device__ Narrowed narrow(S& shared, int num_candidates, int wanted, int limit) {
-  using Entry = typename S::Entry;
-  const int tid = threadIdx.x;
-  unsigned low_key = ~0u, high_key = 0u;
-  for (int i = tid; i < num_candidates; i += kThreads) {
-    const unsigned key = entry_key(shared.candidates[i]);
-    low_key = min(low_key, key);
-    high_key = max(high_key, key);
-  }
-  put_key_range(shared, low_key, high_key);
-  if (tid == 0) shared.num_best = 0;
-  __syncthreads();
-  const uint2 range = get_key_range<kThreads>(shared);
-  Entry low = make_entry<Entry>(range.x, kLastPage<Entry>), high = make_entry<Entry>(range.y, 0u) + 1u, middle;
-  while (true) {  // ends, as candidates differ
-    middle = low + (high - low) / 2u;
-    int count = 0;
-    for (int base = 0; base < num_candidates; base += kThreads) {
-      count += __syncthreads_count(base + tid < num_candidates && shared.candidates[base + tid] >= middle);
-    }
-    if (count > limit) {
-      low = middle;
-    } else if (count < wanted) {
-      high = middle;
-    } else {
-      break;
-    }
-  }
-  for (int i = tid; i < num_candidates; i += kThreads) {
-    const Entry entry = shared.candidates[i];
-    if (entry >= middle) shared.best[atomicAdd(&shared.num_best, 1)] = entry;
-  }
-  __syncthreads();
-  return {shared.num_best, entry_key(middle) + 1u};
-}
-
-// How many of values[0, n) are greater than values[element], n <= kThreads. Teams of up to 4 threads count for one
-// element; `element` is -1 in all but one thread of a team.
-template <int kThreads, typename T>
-__device__ __forceinline__ int count_greater(const T* values, int n, int& element) {
-  constexpr int kPack = 16 / sizeof(T);
-  struct alignas(16) Pack {
-    T values[kPack];
-  };
-  const int shift = 4 * n <= kThreads ? 2 : 2 * n <= kThreads ? 1 : 0;
-  const int team = 1 << shift;
-  const int tid = threadIdx.x;
-  const int part = tid & (team - 1);
-  element = tid >> shift;
-  int greater = 0;
-  if (element < n) {
-    const T mine = values[element];
-    const int packs = n / kPack;
-#pragma unroll 2
-    for (int i = part; i < packs; i += team) {
-      const Pack pack = reinterpret_cast<const Pack*>(values)[i];
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) greater += pack.values[j] > mine;
-    }
-    for (int i = packs * kPack + part; i < n; i += team) greater += values[i] > mine;
-  }
-  if (shift >= 1) greater += __shfl_xor_sync(kFullMask, greater, 1);
-  if (shift >= 2) greater += __shfl_xor_sync(kFullMask, greater, 2);
-  if (element >= n || part != 0) element = -1;
-  return greater;
 }
 
 // Rows with fewer numbers than wanted pages: all of them, and the first `ties` of the NaN.
@@ -240,6 +150,7 @@ __device__ void select_with_nan(const Score* scores, int low, int high, int want
     __syncthreads();
     int numbers_before = numbers + __popc(number_lanes & lower_lanes),
         nans_before = nans + __popc(nan_lanes & lower_lanes);
+#pragma unroll 1
     for (int w = 0; w < kThreads / kWarp; ++w) {
       const uint2 sum = shared.warps[w];
       numbers += sum.x, nans += sum.y;
@@ -261,6 +172,7 @@ __device__ __forceinline__ void select_row(Tile& tile, const typename Tile::Scor
   const int tid = threadIdx.x;
   const int limit = min(S::kLimit, wanted + wanted / 2 + 8);
   if (tid == 0) shared.num_candidates = 0;
+  const Packing<Entry> packing(high);
   int count = 0;  // of candidates
   unsigned lowest = kLowestKey<Score>;
   while (true) {
@@ -278,20 +190,21 @@ __device__ __forceinline__ void select_row(Tile& tile, const typename Tile::Scor
     if (threads > 0) {
       Bound bound{lowest, INT_MAX};
       if (threads > limit) {
-        bound = raise_bound(tile, mine, get_key_range<kThreads>(shared), wanted, limit);
-        lowest = max(lowest, bound.key);
+        bound = raise_bound(tile, mine, get_key_range<kThreads>(shared), wanted, limit, shared);
       }
+      const unsigned bits = reaching_scores(tile, mine, bound, lowest);
+      if (threads > limit) lowest = bound.key + 1u;  // enough reach it, on lower pages than what follows
       if constexpr (!kOneChunk) {
-        if (count + min(threads, limit) * Tile::kScores > S::kCapacity) {
-          const Narrowed narrowed = narrow<kThreads>(shared, count, wanted, limit);
+        if (count + min(threads, limit) * Tile::kScores > S::kCapacity &&
+            count + block_sum<kThreads>(shared, 2, __popc(bits)) > S::kCapacity) {
+          const Narrowed narrowed = narrow<kThreads>(shared, packing, count, wanted, limit);
           for (int i = tid; i < narrowed.count; i += kThreads) shared.candidates[i] = shared.best[i];
           if (tid == 0) shared.num_candidates = narrowed.count;
           lowest = max(lowest, narrowed.next_key);
           __syncthreads();
         }
       }
-      append(tile, mine, bound, lowest, origin - shift, shared);
-      if (threads > limit) lowest = max(lowest, bound.key + 1u);  // enough reach it, on lower pages than what follows
+      append(tile, bits, origin - shift, packing, shared);
       __syncthreads();
       count = shared.num_candidates;
     }
@@ -307,30 +220,31 @@ __device__ __forceinline__ void select_row(Tile& tile, const typename Tile::Scor
   const bool ranked = wanted <= kMaxRanked;
   const Entry* list = shared.candidates;
   if (count > (ranked ? min(2 * wanted + 32, kThreads) : wanted)) {
-    count = narrow<kThreads>(shared, count, wanted, ranked ? limit : wanted).count;
+    count = narrow<kThreads>(shared, packing, count, wanted, ranked ? limit : wanted).count;
     list = shared.best;
   }
   int element;
   if (count > wanted) {
     const int rank = count_greater<kThreads>(list, count, element);
-    if (element >= 0 && rank < wanted) shared.pages[rank] = ~entry_page(list[element]);
+    if (element >= 0 && rank < wanted) shared.pages[rank] = ~packing.page(list[element]);
   } else if (tid < wanted) {
-    shared.pages[tid] = ~entry_page(list[tid]);
+    shared.pages[tid] = ~packing.page(list[tid]);
   }
   __syncthreads();
   const int rank = count_greater<kThreads>(shared.pages, wanted, element);
   if (element >= 0) output.emit(at + rank, static_cast<int>(~shared.pages[element]));
 }
 
-// Of thread blocks per multiprocessor, for 40 registers a thread, or 64 where two chunks are held.
+// Of thread blocks per multiprocessor: as many as the registers of a thread (40 to 64) allow.
 template <typename Tile, bool kOneChunk>
-constexpr int kMinBlocks = 65536 / (Tile::kThreads * (kOneChunk ? 40 : 64));
+constexpr int kMinBlocks =
+    (kOneChunk && Tile::kWords <= 8 ? (Tile::kThreads == 256 ? 1280 : 1536) : 1024) / Tile::kThreads;
 
 template <typename Tile, typename Entry, bool kOneChunk>
 __global__ void __launch_bounds__(Tile::kThreads, kMinBlocks<Tile, kOneChunk>)
     topk_stream_kernel(const TopkPagesParams p, int64_t num_scores) {
   using Score = typename Tile::Score;
-  __shared__ Shared<Tile, Entry> shared;
+  __shared__ Candidates<Tile, Entry> shared;
   wait_for_previous_kernel();
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
   const int b = blockIdx.x / head_rows;
@@ -342,19 +256,15 @@ __global__ void __launch_bounds__(Tile::kThreads, kMinBlocks<Tile, kOneChunk>)
   const int readable = static_cast<int>(min(num_scores - begin, int64_t{INT_MAX} - Tile::kWidth)) + shift;
 
   // The scores are on their way before the sequence's length is known, unless the row's beginning depends on it.
+  const int origin = p.window == 0 ? 0 : (plan_row(p, b, t).first + shift) / Tile::kWidth * Tile::kWidth;
   Tile tile;
-  if (p.window == 0) tile.load(first - shift, 0, p.num_pages + shift, readable);
+  tile.load(first - shift, origin, p.num_pages + shift, readable);
   const RowOutput output{p, b, p.pages + int64_t{blockIdx.x} * p.k};
   const RowPlan row = plan_row(p, b, t);
   const int wanted = row.k - row.sinks - row.recents;
   if (row.end - row.first > row.k && wanted > 0) {
-    const int low = row.first + row.sinks, high = row.end - row.recents;
-    int origin = 0;
-    if (p.window != 0) {
-      origin = (low + shift) / Tile::kWidth * Tile::kWidth;
-      tile.load(first - shift, origin, high + shift, readable);
-    }
-    select_row<kOneChunk>(tile, first - shift, origin, shift, readable, low, high, wanted, output, row.sinks, shared);
+    select_row<kOneChunk>(tile, first - shift, origin, shift, readable, row.first + row.sinks, row.end - row.recents,
+                          wanted, output, row.sinks, shared);
   }
   output.emit_forced(row, Tile::kThreads - 1 - static_cast<int>(threadIdx.x), Tile::kThreads);
 }

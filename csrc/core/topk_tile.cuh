@@ -34,6 +34,7 @@ struct ScoreWord<float> {
   static constexpr int kPerWord = 1;
   using Bound = float;
   static __device__ __forceinline__ Bound bound(unsigned key) { return key_score<float>(key); }
+  static __device__ __forceinline__ unsigned least_key(float x) { return order_key(x); }
   static __device__ __forceinline__ unsigned bits_at_least(unsigned word, Bound bound, int i) {
     return unsigned{__uint_as_float(word) >= bound} << i;
   }
@@ -54,6 +55,8 @@ struct ScoreWord<__nv_bfloat16> {
   static __device__ __forceinline__ Bound bound(unsigned key) {
     return __float2bfloat162_rn(key_score<__nv_bfloat16>(key));
   }
+  // Of the scores that are at least x.
+  static __device__ __forceinline__ unsigned least_key(float x) { return order_key(__float2bfloat16_ru(x)); }
   static __device__ __forceinline__ unsigned bits_at_least(unsigned word, Bound bound, int i) {
     return __hge2_mask(pair(word), bound) & 0x00010001u << i;
   }
@@ -101,17 +104,7 @@ struct ScoreTile {
       } else if (at + kWidth <= readable) {
         load_vector(v, row + at);
       } else {
-#pragma unroll
-        for (int i = 0; i < kVectorWords; ++i) {
-          unsigned word = ~0u;
-#pragma unroll
-          for (int part = Word::kPerWord - 1; part >= 0; --part) {
-            const int element = at + i * Word::kPerWord + part;
-            const unsigned bits = element < readable ? raw_bits(row[element]) : ~0u;
-            word = Word::kPerWord == 1 ? bits : word << 16 | (bits & 0xffffu);
-          }
-          words[v * kVectorWords + i] = word;
-        }
+        load_part(v, row + at, readable - at);
       }
     }
   }
@@ -170,6 +163,22 @@ struct ScoreTile {
         to[i] = raw.x, to[i + 1] = raw.y, to[i + 2] = raw.z, to[i + 3] = raw.w;
       }
     }
+  }
+
+  // The first `count` scores of a vector; NaN for the others. A loop, as code that hardly ever runs should be short.
+  __device__ __forceinline__ void load_part(int v, const Score* p, int count) {
+    unsigned part[kVectorWords] = {};
+#pragma unroll 1
+    for (int element = kWidth - 1; element >= 0; --element) {
+      const unsigned bits = element < count ? raw_bits(p[element]) : ~0u;
+#pragma unroll
+      for (int i = kVectorWords - 1; i >= 0; --i) {
+        const unsigned before = i > 0 ? part[i - 1] : Word::kPerWord == 1 ? bits : bits << 16;
+        part[i] = Word::kPerWord == 1 ? before : part[i] << 16 | before >> 16;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorWords; ++i) words[v * kVectorWords + i] = part[i];
   }
 
   template <int kCount>
