@@ -136,7 +136,9 @@ def test_many_long_rows(device: str) -> None:
     """More rows than a device has multiprocessors; best scores last, together, and all in the same few threads."""
     random = torch.Generator().manual_seed(11)
     count = 17000
-    rows = [row_of_kind(kind, count, 64, random) for kind in ("ascending", "normal", "few values", "numbers among -inf")]
+    rows = [
+        row_of_kind(kind, count, 64, random) for kind in ("ascending", "normal", "few values", "numbers among -inf")
+    ]
     together, strided = rows[1] / 64, rows[1] / 64
     together[9000:13000] += 4
     strided[torch.arange(count) // 8 % 512 < 70] += 4

@@ -52,8 +52,8 @@ __device__ __forceinline__ uint2 get_key_range(const S& shared) {
   return make_uint2(__reduce_min_sync(kFullMask, range.x), __reduce_max_sync(kFullMask, range.y));
 }
 
-// Sum over the block. Between two calls with the same of the three slots there must be a barrier, if only that of another
-// call.
+// Sum over the block. Between two calls with the same of the three slots there must be a barrier, if only that of
+// another call.
 template <int kThreads, typename S>
 __device__ __forceinline__ int block_sum(S& shared, int slot, int x) {
   const int lane = threadIdx.x % kWarp;

@@ -1,7 +1,7 @@
-// Rows of a k that topk_stream does not take: one thread block per row. Radix select over order-preserving integer keys
-// (8 bits a round: two rounds for bf16, four for fp32) finds the k-th largest key; then every warp walks its own stretch
-// of the row and writes what is above it, and the lowest pages among those equal to it. No step depends on the order in
-// which threads run.
+// Rows of a k that topk_stream does not take: one thread block per row. Radix select over order-preserving integer
+// keys (8 bits a round: two rounds for bf16, four for fp32) finds the k-th largest key; then every warp walks its own
+// stretch of the row and writes what is above it, and the lowest pages among those equal to it. No step depends on the
+// order in which threads run.
 #include "device_utils.cuh"
 #include "radix_select.cuh"
 #include "topk_row.cuh"

@@ -40,8 +40,8 @@ struct RowOutput {
     out[at] = page;
   }
 
-  // All that needs no scores, by `threads` threads; false if nothing is left to select. Short loops, which are not to be
-  // unrolled: fetching the code takes longer than running it.
+  // All that needs no scores, by `threads` threads; false if nothing is left to select. Short loops, which are not to
+  // be unrolled: fetching the code takes longer than running it.
   __device__ __forceinline__ bool emit_forced(const RowPlan& row, int thread, int threads) const {
     const int candidates = max(row.end - row.first, 0);
     const int taken = min(candidates, row.k);

@@ -7,8 +7,8 @@
 //      will do. Where equal keys do not allow one, it is a key and the place in the chunk up to which that key counts.
 //   3. What remains goes to a list of candidates in shared memory, in any order. Before it can overflow, it is narrowed
 //      by bisection too.
-// At the end a long list is narrowed, the rank of a candidate is the number of better ones, and the selected pages go to
-// their rank among themselves. Nothing depends on the order of the list, hence not on that in which threads run.
+// At the end a long list is narrowed, the rank of a candidate is the number of better ones, and the selected pages go
+// to their rank among themselves. Nothing depends on the order of the list, hence not on that in which threads run.
 #include <climits>
 #include <type_traits>
 

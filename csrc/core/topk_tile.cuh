@@ -1,6 +1,6 @@
 // The scores of one row that the threads of a block hold in registers, in the words they were loaded in. A vector is
-// kWidth neighbouring scores; vector v of a thread is number v * kThreads + thread of the block's. NaN, which ranks below
-// -inf, stands for what is no candidate too.
+// kWidth neighbouring scores; vector v of a thread is number v * kThreads + thread of the block's. NaN, which ranks
+// below -inf, stands for what is no candidate too.
 #pragma once
 
 #include "device_utils.cuh"
@@ -24,8 +24,8 @@ __device__ __forceinline__ unsigned pick_word(const unsigned (&words)[kCount], i
   }
 }
 
-// What depends on the type: the scores inside a word. `kSpread` is the mask of a word's scores among the bits of
-// a thread's: bit i for word i, and for bf16 bit 16 + i for its upper half.
+// What depends on the type: the scores inside a word. Among the bits of a thread's scores, bit i is that of word i, and
+// for bf16 bit 16 + i that of its upper half.
 template <typename Score>
 struct ScoreWord;
 
