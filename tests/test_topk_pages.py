@@ -119,6 +119,36 @@ def test_hard_scores(device: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks(device: str, kind: str) -> None:
+    """Rows of several chunks, where they begin on no vector; k at which blocks and lists of candidates change."""
+    random = torch.Generator().manual_seed(10)
+    for dtype in [torch.bfloat16, torch.float32]:
+        for count, k in [(40001, 64), (16389, 65), (33000, 129), (33003, 256), (20001, 257), (24575, 512), (9000, 513)]:
+            scores = torch.stack([row_of_kind(kind, count, k, random) for _ in range(3)]).view(1, 1, 3, count)
+            lens = torch.tensor([count * 4], dtype=torch.int32)
+            check(scores.to(dtype), lens, k, device, page_size=4)
+            check(scores.to(dtype), lens - 9, k, device, page_size=4, window=count * 3 + 5, sink_pages=3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_long_rows(device: str) -> None:
+    """More rows than a device has multiprocessors; best scores last, together, and all in the same few threads."""
+    random = torch.Generator().manual_seed(11)
+    count = 17000
+    rows = [
+        row_of_kind(kind, count, 64, random) for kind in ("ascending", "normal", "few values", "numbers among -inf")
+    ]
+    together, strided = rows[1] / 64, rows[1] / 64
+    together[9000:13000] += 4
+    strided[torch.arange(count) // 8 % 512 < 70] += 4
+    scores = torch.stack([*rows, together, strided]).repeat(50, 1).view(2, 1, 150, count)
+    lens = torch.tensor([count * 4, count * 4 - 3], dtype=torch.int32)
+    for dtype in [torch.bfloat16, torch.float32]:
+        check(scores.to(dtype), lens, 64, device, page_size=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_million_pages(device: str, dtype: torch.dtype) -> None:
     count = 2**20

@@ -55,7 +55,7 @@ cudaError_t append_kv_cuda(const AppendKvParams& params, cudaStream_t stream) {
   const int64_t total = int64_t{params.batch} * params.num_tokens * params.num_kv_heads * units_per_row;
   if (total == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>((total + kThreads - 1) / kThreads);
-  return launch_dependent(es == 4 ? append_kv_kernel<4> : append_kv_kernel<2>, blocks, kThreads, 0, stream, 1, params,
+  return launch_dependent(es == 4 ? append_kv_kernel<4> : append_kv_kernel<2>, blocks, kThreads, 0, stream, params,
                           units_per_row, total);
 }
 

@@ -168,7 +168,7 @@ cudaError_t page_index_cuda(const PageIndexParams& params, cudaStream_t stream) 
   cudaError_t error = cudaErrorInvalidValue;
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
                            error = launch_dependent(page_index_kernel<T, RuleT, kCompressed>, grid, threads, 0, stream,
-                                                    1, params, pages_per_seq);
+                                                    params, pages_per_seq);
                          }));
   return error;
 }

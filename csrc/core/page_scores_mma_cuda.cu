@@ -280,7 +280,7 @@ cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStrea
   const int chunk =
       plan_score_chunk(p.batch * num_token_tiles * p.num_kv_heads, p.num_pages, kStep, resident * num_sms);
   const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  return launch_dependent(kernel, grid, kThreads, kBytes, stream, 1, p, tokens, num_token_tiles, chunk);
+  return launch_dependent(kernel, grid, kThreads, kBytes, stream, p, tokens, num_token_tiles, chunk);
 }
 
 template <typename T, typename Row, Form kForm, int kSteps>

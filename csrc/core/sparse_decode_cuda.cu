@@ -57,7 +57,7 @@ cudaError_t sparse_decode_cuda(const SparseDecodeParams& p, cudaStream_t stream)
   const unsigned rows = static_cast<unsigned>(p.batch) * p.num_query_tokens * p.num_q_heads;
   cudaError_t merged = cudaErrorInvalidValue;
   UA_DISPATCH_CUDA_DTYPE(p.dtype, T,
-                         { merged = launch_dependent(combine_splits_kernel<T>, rows, p.head_dim, 0, stream, 1, p); });
+                         { merged = launch_dependent(combine_splits_kernel<T>, rows, p.head_dim, 0, stream, p); });
   return merged;
 }
 

@@ -319,7 +319,7 @@ cudaError_t launch(const SparseDecodeParams& p, int pages_per_split, cudaStream_
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * p.num_query_tokens, p.num_kv_heads, p.num_splits);
-  return launch_dependent(kernel, grid, Warps * kWarp, kBytes, stream, 1, p, pages_per_split);
+  return launch_dependent(kernel, grid, Warps * kWarp, kBytes, stream, p, pages_per_split);
 }
 
 template <typename T, int DP, int NT>

@@ -1,6 +1,7 @@
-// Rows that do not fit into registers: one thread block per row. Radix select over order-preserving integer keys (8 bits a round: two rounds for bf16, four
-// for fp32) finds the k-th largest key; then every warp walks its own stretch of the row and writes what is above it,
-// and the lowest pages among those equal to it. No step depends on the order in which threads run.
+// Rows of a k that topk_stream does not take: one thread block per row. Radix select over order-preserving integer
+// keys (8 bits a round: two rounds for bf16, four for fp32) finds the k-th largest key; then every warp walks its own
+// stretch of the row and writes what is above it, and the lowest pages among those equal to it. No step depends on the
+// order in which threads run.
 #include "device_utils.cuh"
 #include "radix_select.cuh"
 #include "topk_row.cuh"
@@ -89,7 +90,7 @@ cudaError_t topk_radix_cuda(const TopkPagesParams& params, cudaStream_t stream) 
 
 cudaError_t topk_pages_cuda(const TopkPagesParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.num_kv_heads == 0) return cudaSuccess;
-  const cudaError_t error = topk_bisect_cuda(params, stream);
+  const cudaError_t error = topk_stream_cuda(params, stream);
   return error == cudaErrorNotSupported ? topk_radix_cuda(params, stream) : error;
 }
 
