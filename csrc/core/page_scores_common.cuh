@@ -8,7 +8,30 @@
 
 namespace unique_attn {
 
-// The part of one thread block: blockIdx is (sequence and tile of tokens, chunk of pages, KV head).
+// How the work is cut. Neighbouring thread blocks are the KV heads of one chunk of pages, whose entries are neighbours in
+// memory too, then the chunks of a sequence.
+struct ScoreGrid {
+  int tokens_per_tile;
+  int num_token_tiles;
+  int pages_per_block;
+  int num_chunks;
+};
+
+// `tokens_per_tile` tokens per tile and whole steps of `step` pages; the device holds `slots` thread blocks.
+inline ScoreGrid plan_score_grid(const PageScoresParams& p, int tokens_per_tile, int step, int slots) {
+  ScoreGrid grid;
+  grid.tokens_per_tile = tokens_per_tile;
+  grid.num_token_tiles = (p.num_query_tokens + tokens_per_tile - 1) / tokens_per_tile;
+  grid.pages_per_block = plan_score_chunk(p.batch * grid.num_token_tiles * p.num_kv_heads, p.num_pages, step, slots);
+  grid.num_chunks = (p.num_pages + grid.pages_per_block - 1) / grid.pages_per_block;
+  return grid;
+}
+
+inline dim3 score_blocks(const PageScoresParams& p, const ScoreGrid& grid) {
+  return dim3(static_cast<unsigned>(p.batch) * grid.num_token_tiles * grid.num_chunks * p.num_kv_heads);
+}
+
+// The part of one thread block.
 struct ScoreTile {
   int b, head;
   int token_begin, num_tokens;
@@ -18,15 +41,16 @@ struct ScoreTile {
   PageRange last;  // to the end of what the last token sees
 };
 
-__device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, int tokens_per_tile, int num_token_tiles,
-                                                int pages_per_block) {
+__device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const ScoreGrid& grid) {
   ScoreTile tile;
-  tile.b = blockIdx.x / num_token_tiles;
-  tile.token_begin = blockIdx.x % num_token_tiles * tokens_per_tile;
-  tile.num_tokens = min(tokens_per_tile, p.num_query_tokens - tile.token_begin);
-  tile.head = blockIdx.z;
-  tile.page_begin = blockIdx.y * pages_per_block;
-  tile.page_end = min(tile.page_begin + pages_per_block, p.num_pages);
+  tile.head = blockIdx.x % p.num_kv_heads;
+  const int chunk = blockIdx.x / p.num_kv_heads % grid.num_chunks;
+  const int tokens = blockIdx.x / p.num_kv_heads / grid.num_chunks;
+  tile.b = tokens / grid.num_token_tiles;
+  tile.token_begin = tokens % grid.num_token_tiles * grid.tokens_per_tile;
+  tile.num_tokens = min(grid.tokens_per_tile, p.num_query_tokens - tile.token_begin);
+  tile.page_begin = chunk * grid.pages_per_block;
+  tile.page_end = min(tile.page_begin + grid.pages_per_block, p.num_pages);
   tile.seq_len = p.table.seq_lens[tile.b];
   tile.last = visible_pages(query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + tile.num_tokens - 1),
                             p.window, p.table.page_size);

@@ -89,35 +89,14 @@ struct EntryChunk<T, RuleT, true> {
 
 // CPL: chunks per lane.
 template <typename T, typename RuleT, bool kCompressed, int CPL>
-__global__ void __launch_bounds__(kThreads)
-    page_scores_kernel(const PageScoresParams p, int tokens_per_tile, int num_tiles, int pages_per_cta) {
+__global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresParams p, const ScoreGrid grid) {
   extern __shared__ __align__(16) float shared[];
   using Key = typename KeyType<T>::type;
-  const int b = blockIdx.x / num_tiles;
-  const int token_begin = blockIdx.x % num_tiles * tokens_per_tile;
-  const int num_tokens = min(tokens_per_tile, p.num_query_tokens - token_begin);
-  const int head = blockIdx.z;
-  const int page_begin = blockIdx.y * pages_per_cta;
-  const int page_end = min(page_begin + pages_per_cta, p.num_pages);
+  const ScoreTile tile = score_tile(p, grid);
+  const int num_tokens = tile.num_tokens;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_chunks = p.head_dim / 8;
-  const int seq_len = p.table.seq_lens[b];
-  Key* rows = static_cast<Key*>(p.scores) +
-              ((int64_t{b} * p.num_query_tokens + token_begin) * p.num_kv_heads + head) * p.num_pages;
-  const int64_t row_stride = int64_t{p.num_kv_heads} * p.num_pages;
-
-  // Pages that any token of the tile sees.
-  const PageRange last = visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + num_tokens - 1),
-                                       p.window, p.table.page_size);
-  int first_page = last.first;
-  for (int t = 0; t < num_tokens && last.end > 0; ++t) {
-    const int position = query_position(seq_len, p.num_query_tokens, token_begin + t);
-    if (position >= 0) {
-      first_page = visible_pages(position, p.window, p.table.page_size).first;
-      break;
-    }
-  }
-  const bool nothing = max(first_page, page_begin) >= min(last.end, page_end);
+  const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
 
   float* q_norms = shared + num_tokens * group * p.head_dim;
@@ -125,9 +104,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < num_tokens * group * num_chunks; i += kThreads) {
       const int chunk = i % num_chunks;
       const int row = i / num_chunks;
-      const T* source = static_cast<const T*>(p.q.data) + b * p.q.stride_batch +
-                        (token_begin + row / group) * p.q.stride_token +
-                        (head * group + row % group) * p.q.stride_head + chunk * 8;
+      const T* source = static_cast<const T*>(p.q.data) + tile.b * p.q.stride_batch +
+                        (tile.token_begin + row / group) * p.q.stride_token +
+                        (tile.head * group + row % group) * p.q.stride_head + chunk * 8;
       Vec8<T> raw;
       raw.load(source);
       float x[8];
@@ -153,12 +132,12 @@ __global__ void __launch_bounds__(kThreads)
 
   const int lane = threadIdx.x % kLanes;
   const int pages_per_block = p.table.block_size / p.table.page_size;
-  const int32_t* table = p.table.blocks + b * p.table.stride_seq;
+  const int32_t* table = p.table.blocks + tile.b * p.table.stride_seq;
   // Every lane of a warp stays in the loop, for the shuffles.
-  for (int base = page_begin; base < page_end; base += kPagesPerStep) {
+  for (int base = tile.page_begin; base < tile.page_end; base += kPagesPerStep) {
     const int page = base + static_cast<int>(threadIdx.x) / kLanes;
-    const bool in_row = page < page_end;
-    const bool visible = in_row && page >= first_page && page < last.end;
+    const bool in_row = page < tile.page_end;
+    const bool visible = in_row && page >= tile.first_page && page < tile.last.end;
     if (__all_sync(kFullMask, !visible) && !p.fill_outside) continue;
 
     EntryChunk<T, RuleT, kCompressed> raw[CPL];
@@ -167,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < CPL; ++i) raw[i].zero();
     if (visible) {
       const uint8_t* entry = p.index.data + table[page / pages_per_block] * p.index.stride_block +
-                             head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
+                             tile.head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
 #pragma unroll
       for (int i = 0; i < CPL; ++i) {
         const int chunk = lane + i * kLanes;
@@ -203,15 +182,7 @@ __global__ void __launch_bounds__(kThreads)
         any_nan = any_nan || isnan(score);
         best = fmaxf(best, score);
       }
-      if (lane == 0 && in_row) {
-        const PageRange range =
-            visible_pages(query_position(seq_len, p.num_query_tokens, token_begin + t), p.window, p.table.page_size);
-        if (page >= range.first && page < range.end) {
-          rows[t * row_stride + page] = from_float<Key>(any_nan ? NAN : best);
-        } else if (p.fill_outside) {
-          rows[t * row_stride + page] = from_float<Key>(-INFINITY);
-        }
-      }
+      if (lane == 0 && in_row) store_score<Key>(p, tile, t, page, any_nan ? NAN : best);
     }
   }
 }
@@ -221,14 +192,11 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int group = p.num_q_heads / p.num_kv_heads;
   const size_t bytes_per_token = size_t(group) * (p.head_dim + 1) * sizeof(float);
   const int fitting = static_cast<int>(kQueryBytes / bytes_per_token);
-  const int tile = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
-  const int num_tiles = (p.num_query_tokens + tile - 1) / tile;
+  const int tokens = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
   const auto kernel = page_scores_kernel<T, RuleT, kCompressed, CPL>;
   static const int resident = resident_blocks(kernel, kThreads, kQueryBytes);
-  const int chunk =
-      plan_score_chunk(p.batch * num_tiles * p.num_kv_heads, p.num_pages, kPagesPerStep, resident * num_sms);
-  const dim3 grid(p.batch * num_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  kernel<<<grid, kThreads, tile * bytes_per_token, stream>>>(p, tile, num_tiles, chunk);
+  const ScoreGrid grid = plan_score_grid(p, tokens, kPagesPerStep, resident * num_sms);
+  kernel<<<score_blocks(p, grid), kThreads, tokens * bytes_per_token, stream>>>(p, grid);
   return cudaGetLastError();
 }
 

@@ -176,11 +176,11 @@ constexpr int kResident = kSteps > 8 || kTiles > 1 ? 1
 
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
-    page_scores_mma_kernel(const PageScoresParams p, int tokens_per_tile, int num_token_tiles, int pages_per_block) {
+    page_scores_mma_kernel(const PageScoresParams p, const ScoreGrid grid) {
   wait_for_previous_kernel();
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
-  const ScoreTile tile = score_tile(p, tokens_per_tile, num_token_tiles, pages_per_block);
+  const ScoreTile tile = score_tile(p, grid);
   const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
   const int group = p.num_q_heads / p.num_kv_heads;
@@ -271,16 +271,13 @@ __global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
 
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
-  const int num_token_tiles = (p.num_query_tokens + tokens - 1) / tokens;
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
   constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   static const int resident = resident_blocks(kernel, kThreads, kBytes);
-  const int chunk =
-      plan_score_chunk(p.batch * num_token_tiles * p.num_kv_heads, p.num_pages, kStep, resident * num_sms);
-  const dim3 grid(p.batch * num_token_tiles, (p.num_pages + chunk - 1) / chunk, p.num_kv_heads);
-  return launch_dependent(kernel, grid, kThreads, kBytes, stream, p, tokens, num_token_tiles, chunk);
+  const ScoreGrid grid = plan_score_grid(p, tokens, kStep, resident * num_sms);
+  return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid);
 }
 
 template <typename T, typename Row, Form kForm, int kSteps>
