@@ -93,6 +93,20 @@ def test_a_second_storage_of_the_index_has_its_own_lines(results: dict[str, dict
     assert set(lines) == {"batch 1", "batch 2", "batch 1, small", "batch 2, small"}
 
 
+def test_several_rules_have_their_own_lines(results: dict[str, dict[str, Any]]):
+    result = results["decode"]
+    other = [{**case, "options": {**case["options"], "rule": "unique"}} for case in result["cases"]]
+    once = {**other[0], "options": {**other[0]["options"], "batch": 9}}
+    both = {**result, "cases": [*result["cases"], *other, once]}
+    block = _tables.blocks([both])["decode results gpu"]
+    assert "| rule | D | S | batch | 1K | 2K |" in block
+    assert "| unique | 128 | 8 | 1 |" in block
+    assert "`directional`" not in block.split("\n\n")[0]
+    lines = _charts.figures([both])["decode_speed_h100.png"].data["lines"]
+    # What was measured at one context has no line.
+    assert set(lines) == {f"batch {b}, {rule}" for b in (1, 2) for rule in ("directional", "unique")}
+
+
 def test_numbers():
     assert [_tables.ms(x) for x in (0.01234, 0.5, 1.0, 12.345)] == ["12.3 µs", "500 µs", "1 ms", "12.3 ms"]
     assert [_tables.tokens(n) for n in (8, 1000, 1024, 131072)] == ["8", "1000", "1K", "128K"]

@@ -8,6 +8,7 @@ every single choice, one panel a layer. :func:`plot_lengths` draws measurements 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +289,7 @@ def plot_lengths(
 
     Args:
         lengths: tokens, ascending.
-        lines: a value for each length.
+        lines: a value for each length; NaN leaves a gap, but not all of a line are NaN.
         path: file to write.
         title: the heading.
         subtitle: a smaller line below it.
@@ -302,13 +303,17 @@ def plot_lengths(
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = plt.figure(figsize=(8.4, 4.8), facecolor=PAPER)
-    ax = figure.add_axes((0.09, 0.12, 0.66, 0.68))
+    names_width = 0.08 + 0.008 * max(map(len, lines))  # of the figure's width, with the sample lines
+    ax = figure.add_axes((0.09, 0.12, min(0.66, 0.91 - names_width), 0.68))
+    measured = {name: [value for value in values if not math.isnan(value)] for name, values in lines.items()}
     for i, (name, values) in enumerate(lines.items()):
         ax.plot(lengths, values, color=HEADS[i % len(HEADS)], marker="o", markersize=4, linewidth=1.8, label=name)
     if logarithmic:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        values = [value for line in measured.values() for value in line]
+        narrow = max(values) < 8 * min(values)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if narrow else (1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     else:
         ax.set_xlim(left=0)
@@ -321,7 +326,7 @@ def plot_lengths(
     ax.set_ylabel(ylabel, fontsize=9, color=INK)
     # Names from top to bottom as the lines end.
     handles, names = ax.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: -lines[names[i]][-1])
+    order = sorted(range(len(names)), key=lambda i: -measured[names[i]][-1])
     ax.legend(
         [handles[i] for i in order], [names[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5),
         frameon=False, fontsize=9, labelcolor=INK,

@@ -53,28 +53,36 @@ def _decode_cases(results: Sequence[Result]) -> list[Mapping[str, Any]]:
 
 
 def _over_contexts(lines: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | None:
-    """Lines over all contexts, with gaps where one was not measured; None with fewer than two contexts."""
+    """The lines of two contexts and more, over all of those, with gaps where one was not measured; None without any."""
+    lines = {name: line for name, line in lines.items() if len(line) > 1}
     lengths = sorted({length for line in lines.values() for length in line})
-    if len(lengths) < 2:
+    if not lines:
         return None
     return {"lengths": lengths, "lines": {k: [line.get(n, math.nan) for n in lengths] for k, line in lines.items()}}
 
 
 def _options(cases: Sequence[Mapping[str, Any]]) -> str:
     o = cases[0]["options"]
-    return f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {o['rule']}, {o['budget']} tokens, S={o['page_size']}"
+    rule = "" if _several_rules(cases) else f"{o['rule']}, "
+    return f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {rule}{o['budget']} tokens, S={o['page_size']}"
 
 
-def _storage(case: Mapping[str, Any]) -> str:
+def _several_rules(cases: Sequence[Mapping[str, Any]]) -> bool:
+    return len({case["options"]["rule"] for case in cases}) > 1
+
+
+def _variant(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
+    """Rule and storage of the index, as far as a line of the chart needs them."""
+    rule = f", {case['options']['rule']}" if _several_rules(cases) else ""
     storage = case["options"].get("index_format", "exact")
-    return "" if storage == "exact" else f", {storage}"
+    return rule if storage == "exact" else f"{rule}, {storage}"
 
 
 def _speed(results: Sequence[Result], device: str) -> Figure | None:
     cases = [case for case in _decode_cases(results) if case.get("speedup")]
     lines: dict[str, dict[int, float]] = {}
     for case in cases:
-        line = lines.setdefault(f"batch {case['options']['batch']}{_storage(case)}", {})
+        line = lines.setdefault(f"batch {case['options']['batch']}{_variant(case, cases)}", {})
         line[case["options"]["context"]] = case["speedup"]
     data = _over_contexts(lines)
     if data is None:
@@ -87,7 +95,7 @@ def _latency(results: Sequence[Result], device: str) -> Figure | None:
     lines: dict[str, dict[int, float]] = {}
     for case in cases:
         context, ours = case["options"]["context"], case["unique_decode"]
-        of = _storage(case)
+        of = _variant(case, cases)
         values = {f"unique_decode{of}": ours["median_ms"], f"floor of its bytes{of}": ours["floor_ms"]}
         values |= {PEERS[name]: case[name]["median_ms"] for name in PEERS if "median_ms" in case.get(name, {})}
         for name, value in values.items():

@@ -51,9 +51,9 @@ def share(side: Mapping[str, Any]) -> str:
 
 
 def pivot(cases: Sequence[Case], rows: Sequence[str], column: str, cell: Cell) -> str:
-    """A table with a line for each combination of the options ``rows``, and of the storage of the index if one is not
-    exact, and a column for each value of ``column``."""
-    rows = _with_storage(cases, rows)
+    """A table with a line for each combination of the options ``rows``, and of rule and storage of the index where they
+    are not the same or the usual one, and a column for each value of ``column``."""
+    rows = _with_variants(cases, rows, column)
     columns = list(dict.fromkeys(case["options"][column] for case in cases))
     if all(isinstance(value, int) for value in columns):
         columns.sort()
@@ -66,9 +66,11 @@ def pivot(cases: Sequence[Case], rows: Sequence[str], column: str, cell: Cell) -
     return table(head, [[_text(v) for v in key] + [line.get(c, "-") for c in columns] for key, line in lines.items()])
 
 
-def _with_storage(cases: Sequence[Case], rows: Sequence[str]) -> Sequence[str]:
-    several = any(case["options"].get("index_format", "exact") != "exact" for case in cases)
-    return ("index_format", *rows) if several else rows
+def _with_variants(cases: Sequence[Case], rows: Sequence[str], column: str) -> Sequence[str]:
+    rules = {case["options"].get("rule") for case in cases}
+    formats = {case["options"].get("index_format", "exact") for case in cases}
+    variants = {"rule": len(rules) > 1, "index_format": formats != {"exact"}}
+    return (*(name for name, shown in variants.items() if shown and name not in (*rows, column)), *rows)
 
 
 def _prefix(column: str) -> str:
@@ -116,11 +118,13 @@ def decode(results: Sequence[Result]) -> str:
     parts = []
     for result, cases in measured(results, "decode", "unique_decode"):
         o = cases[0]["options"]
+        rules = {case["options"]["rule"] for case in cases}
+        rule = f"`{o['rule']}`, " if len(rules) == 1 else ""
         names = sorted({PEERS[case["peer"]] for case in cases if case.get("peer")})
         version = result.get("peers", {}).get("flashinfer", "")
         peer = " or ".join(names).replace("FlashInfer", f"FlashInfer {version}") if names else "nothing"
         parts.append(
-            f"One decode step of one layer on {_machine(result)}, {o['heads']} heads, {o['dtype']}, `{o['rule']}`, "
+            f"One decode step of one layer on {_machine(result)}, {o['heads']} heads, {o['dtype']}, {rule}"
             f"{o['budget']} tokens of the context: time of `unique_decode`, share of the measured read bandwidth "
             f"({_ceiling(result)}) that the bytes of index and selected keys and values take, and how many times "
             f"faster than dense attention, the fastest way of {peer}, in the same run. CUDA graphs, cold caches, "
@@ -157,7 +161,7 @@ def scores(results: Sequence[Result]) -> str:
 def _with_several(cases: Sequence[Case], rows: Sequence[str], column: str) -> list[Case]:
     """Cases whose line of a pivot has more than one column."""
     values: dict[tuple[Any, ...], set[Any]] = {}
-    rows = _with_storage(cases, rows)
+    rows = _with_variants(cases, rows, column)
 
     def key(case: Case) -> tuple[Any, ...]:
         return tuple(case["options"][name] for name in rows)
