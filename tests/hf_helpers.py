@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -118,3 +119,11 @@ def assert_same(output: Any, expected: Any, tolerance: float = 2e-4) -> None:
 
 def layers_on_pages(cache: Any) -> list[bool]:
     return [getattr(layer, "on_pages", False) for layer in cache.layers]
+
+
+def run_and_collect(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """The result of ``run`` and the library's warnings during it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run()
+    return result, [str(each.message) for each in caught if "unique_attn" in str(each.message)]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from torch import Tensor
 from unique_attn import reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")
 RULES = list(reference.DEFAULT_SPREAD)
 FORMATS = ["exact", "compressed"]
 INDEXES = [(rule, "exact") for rule in RULES] + [(rule, "compressed") for rule in RULES if rule != "minmax"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES, Spec, assert_same, build
+from op_cases import DEVICES, Spec, assert_same, build, needs_cuda
 from torch import Tensor
 
 from unique_attn import ops
@@ -201,17 +201,21 @@ def tensors_of(args: dict[str, Any]) -> dict[str, Tensor]:
     return {name: arg for name, arg in args.items() if isinstance(arg, Tensor)}
 
 
-def assert_refused(op: str, args: dict[str, Any], named: str, words: tuple[str, ...]) -> None:
-    """A ValueError, and every tensor is as it was."""
+def assert_refused_by(call: Callable[..., Any], args: dict[str, Any], begins: str, words: tuple[str, ...]) -> None:
+    """A ValueError whose message ``begins`` so and names the expectation and the value; every tensor is as it was."""
     before = {name: tensor.clone() for name, tensor in tensors_of(args).items()}
-    with pytest.raises(ValueError, match=rf"^({op}: )?({named})\b") as caught:
-        getattr(ops, op)(**args)
+    with pytest.raises(ValueError, match=rf"^{begins}\b") as caught:
+        call(**args)
     message = str(caught.value)
     assert re.search(r"expected .*\bgot\b", message, re.DOTALL), message
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
     for name, tensor in tensors_of(args).items():
         assert_same(tensor, before[name], name)
+
+
+def assert_refused(op: str, args: dict[str, Any], named: str, words: tuple[str, ...]) -> None:
+    assert_refused_by(getattr(ops, op), args, f"({op}: )?({named})", words)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -229,9 +233,6 @@ OPS = ["append_kv", "page_index", "page_scores", "topk_pages", "sparse_decode", 
 @pytest.mark.parametrize("op", OPS)
 def test_the_arguments_are_good_otherwise(device: str, op: str) -> None:
     getattr(ops, op)(**arguments(op, device))
-
-
-needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")
 
 
 @needs_cuda

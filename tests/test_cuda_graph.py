@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import CUDA_DTYPES, INDEXES, Case, Spec, assert_same, assert_step, build, step
+from op_cases import CUDA_DTYPES, INDEXES, Case, Spec, assert_same, assert_step, build, needs_cuda, step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+pytestmark = needs_cuda
 
 
 def grow(case: Case, n: int, ages: tuple[int, ...]) -> None:

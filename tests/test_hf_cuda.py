@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_helpers import ALWAYS_SPARSE, SMALL, assert_same, generate, layers_on_pages, prompt, tiny
+from op_cases import needs_cuda
 
 import unique_attn as ua
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+pytestmark = needs_cuda
 
 
 def on_gpu(inputs):

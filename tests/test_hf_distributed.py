@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hf_helpers import prompt, tiny
+from hf_training_cases import PACED, SMALL
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,8 +34,6 @@ transformers = pytest.importorskip("transformers")
 RANKS = 2
 RANK_TIMEOUT = 120  # seconds that a rank waits for the other
 TIMEOUT = 240  # seconds for all scenarios, below that of pytest
-SMALL = ua.UniqueConfig(page_size=4, budget=16, dense_below=0, block_size=16)
-PACED = ua.TrainConfig(tau=4.0, tau_end=1.0, schedule="exponential", hard_after=0.5)
 LENGTH = 48
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import transformers
-from hf_helpers import ALWAYS_SPARSE, SHAPE, SMALL, VOCAB, assert_same, generate, layers_on_pages, logits, prompt, tiny
+from hf_helpers import (
+    ALWAYS_SPARSE,
+    SHAPE,
+    SMALL,
+    VOCAB,
+    assert_same,
+    generate,
+    layers_on_pages,
+    logits,
+    prompt,
+    run_and_collect,
+    tiny,
+)
 from transformers import DynamicCache, StaticCache
 
 import unique_attn as ua
@@ -20,13 +30,6 @@ from unique_attn.ops import NotDifferentiableError
 @pytest.fixture(autouse=True)
 def _fresh_warnings():
     compat._warned.clear()
-
-
-def run_and_collect(run):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = run()
-    return result, [str(w.message) for w in caught if str(w.message).startswith("unique_attn")]
 
 
 def enabled(config: ua.UniqueConfig = ALWAYS_SPARSE, family: str = "llama", **kwargs):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import SMALL, prompt, tiny
-from op_cases import DEVICES
+from op_cases import DEVICES, needs_cuda
 
 import unique_attn as ua
 from unique_attn.hf.graphed import GraphedDecoder, sampler
@@ -169,7 +169,7 @@ def test_a_sliding_window_is_refused(device: str) -> None:
         decoder.generate(prompt(1, 40)["input_ids"].to(device), 5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@needs_cuda
 def test_a_step_allocates_nothing_and_does_not_wait() -> None:
     model = ua.enable(tiny().cuda(), SMALL).eval()
     decoder = GraphedDecoder(model, 2, 200)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_helpers import prompt, tiny
+from hf_training_cases import SMALL
+from op_cases import needs_cuda
 
 import unique_attn as ua
 from unique_attn.hf import training
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+pytestmark = needs_cuda
 
-SMALL = ua.UniqueConfig(page_size=4, budget=16, dense_below=0, block_size=16)
 PLACES = torch.cat([torch.arange(n) for n in (31, 50, 15)])[None]
 BOUNDS = torch.tensor([0, 31, 81, 96], dtype=torch.int32)
 PACKED = {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS, "max_length_q": 50, "max_length_k": 50}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import VOCAB, prompt, tiny
+from hf_training_cases import PACED, SMALL
 
 import unique_attn as ua
 from unique_attn.hf import training
@@ -16,8 +17,6 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-SMALL = ua.UniqueConfig(page_size=4, budget=16, dense_below=0, block_size=16)
-PACED = ua.TrainConfig(tau=4.0, tau_end=1.0, schedule="exponential", hard_after=0.5)
 LENGTHS = [70, 45, 60, 31]
 
 

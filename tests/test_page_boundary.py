@@ -141,14 +141,7 @@ def test_packed_sequences_are_as_if_alone(device: str, dtype: torch.dtype, data:
     loose = replace(case, spec=replace(case.spec, lengths=(*case.spec.lengths, 10**6)))  # a bound that is not tight
     assert_same(run(loose), packed)
     for part in case.sequences:
-        length = part.stop - part.start
-        alone = replace(
-            case,
-            **{name: getattr(case, name)[part] for name in ("q", "k", "v", "grad_out")},
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=device),
-            spec=replace(case.spec, lengths=(length,)),
-        )
-        assert_same(run(alone), packed[part])
+        assert_same(run(case.alone(part)), packed[part])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -179,14 +172,7 @@ def test_many_tokens(device: str, rule: str) -> None:
     tokens = sum(lengths)
     for part in case.sequences:
         length = part.stop - part.start
-        alone = replace(
-            case,
-            q=case.q[part],
-            k=case.k[part],
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=device),
-            spec=replace(spec, lengths=(length,)),
-        )
-        assert_same(run(alone), theta[part])
+        assert_same(run(case.alone(part)), theta[part])
         if rule != "mean" or length < 2:
             continue
         rows = torch.tensor([t for t in range(tokens) if part.start <= t < part.stop and t % 97 < 2]) - part.start

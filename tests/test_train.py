@@ -20,6 +20,7 @@ from op_cases import (
     assert_same,
     assert_threads_agree,
     examples,
+    needs_cuda,
     poisoned,
 )
 from torch import Tensor
@@ -39,8 +40,6 @@ from training_cases import (
 )
 
 from unique_attn import ops, reference, train
-
-needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")
 
 
 def masked(case: TrainCase, *leaves: Tensor, **options: Any) -> Tensor:
@@ -132,10 +131,7 @@ def test_selection_in_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> No
     loose = replace(case, spec=replace(case.spec, lengths=(1000,)))  # a bound of the lengths that is not tight
     assert_same(select(loose), expected)
     for part in case.sequences:
-        length = part.stop - part.start
-        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
-        alone = replace(case, q=case.q[part], k=case.k[part], cu_seqlens=cu_seqlens)
-        assert_same(select(replace(alone, spec=replace(case.spec, lengths=(length,)))), expected[part])
+        assert_same(select(case.alone(part)), expected[part])
 
 
 # ---- The whole. ----

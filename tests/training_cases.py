@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from op_cases import DTYPES, GROUPS, accumulator, assert_close, token_layout, typical_size
+from op_cases import DTYPES, GROUPS, accumulator, assert_close, assert_same, token_layout, typical_size
 from torch import Tensor
 
 from unique_attn import ops, reference, reference_train, train
@@ -25,6 +25,7 @@ RULES = ["mean", "unique", "directional"]
 MODES = ["soft", "hard", "dense"]
 LAYOUTS = ["dense", "heads_first", "fused", "channels_last_but_one", "odd_offset"]
 HEAD_DIMS = [8, 16, 24, 40, 64, 72, 80, 128, 136, 256]
+RESULTS = ("out", "lse", "dq", "dk", "dv")  # of `run` and `oracle`
 
 INF = torch.inf
 # Scores of the candidates, k', and the theta they give.
@@ -100,6 +101,16 @@ class TrainCase:
         """The tokens of each sequence."""
         return [slice(start, end) for start, end in pairwise(self.cu_seqlens.tolist())]
 
+    def alone(self, part: slice) -> TrainCase:
+        """One of the sequences as a case of its own."""
+        length = part.stop - part.start
+        return replace(
+            self,
+            **{name: getattr(self, name)[part] for name in ("q", "k", "v", "grad_out")},
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=self.q.device),
+            spec=replace(self.spec, lengths=(length,)),
+        )
+
     def leaves(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v that require grad, with their strides; or dense on the CPU in another dtype."""
         tensors = (self.q, self.k, self.v)
@@ -174,7 +185,7 @@ def run(case: TrainCase, mask: dict[str, Tensor] | None = None) -> dict[str, Ten
     mask = library_mask(case) if mask is None else mask
     out, lse = ops.soft_mask_attention(*leaves, *case.packing, **mask, **case.spec.scoring, scale=case.spec.scale)
     grads = torch.autograd.grad(out, leaves, case.grad_out)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *grads)))
+    return dict(zip(RESULTS, (out.detach(), lse, *grads)))
 
 
 def oracle_mask(case: TrainCase, mask: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -199,7 +210,7 @@ def oracle(case: TrainCase, mask: dict[str, Tensor], dtype: torch.dtype = torch.
         entry_dtype=spec.dtype, compute_dtype=dtype, **cuda_roundings(case, dtype),
     )  # fmt: skip
     grads = torch.autograd.grad(out, leaves, case.grad_out.cpu().to(dtype))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
+    return dict(zip(RESULTS, (out.detach(), lse.detach(), *grads)))
 
 
 class StoredOutput(torch.autograd.Function):
@@ -278,6 +289,11 @@ def assert_attention(case: TrainCase, got: dict[str, Tensor], mask: dict[str, Te
         sums = spec.max_seqlen * (spec.group if name in ("dk", "dv") else 1)
         terms = logit if name == "lse" else size * (sums**0.5 + logit)
         assert_close(value, exact[name], same[name], name, terms)
+
+
+def assert_all_same(got: dict[str, Tensor], expected: dict[str, Tensor], part: slice = slice(None)) -> None:
+    for name in RESULTS:
+        assert_same(got[name], expected[name][part], name)
 
 
 def assert_boundary(case: TrainCase, theta: Tensor) -> None:

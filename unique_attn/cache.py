@@ -6,13 +6,12 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unique_attn.config import UniqueConfig
 from unique_attn.decode import Change, LayerPages, OutOfStepError, PagedTable
+from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicCache, DynamicLayer, cropped_length, warn_once
-from unique_attn.hf.masks import MaskWatch, is_step_mask, left_padding, shows_padding
 
 
 @dataclass(frozen=True)
@@ -21,68 +20,6 @@ class Call:
 
     mask: Tensor | None  # the attention mask that the module was given
     dense_reason: str | None  # why the module cannot use pages; None if it can
-
-
-class CacheState:
-    """What the layers of one cache share: the config, the table of pages, and what the masks said."""
-
-    def __init__(self, config: UniqueConfig) -> None:
-        self.config = config
-        self.table: PagedTable | None = None  # the table that layers join when they turn to pages
-        self.refused = False  # a mask with holes was seen: no pages until reset
-        self._judged: tuple[Tensor | None, tuple[int, int, int], list[int] | None] | None = None
-        self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
-        self._watches: dict[torch.device, MaskWatch] = {}
-
-    def reset(self) -> None:
-        self.table, self.refused, self._judged, self._watched = None, False, None, None
-        self._watches.clear()
-
-    def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
-        """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
-        shape = (batch, num_tokens, length)
-        if self._judged is None or self._judged[0] is not mask or self._judged[1] != shape:
-            self._judged = (mask, shape, left_padding(mask, *shape))
-        return self._judged[2]
-
-    def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int) -> bool:
-        """Whether ``mask`` is causal with the padding of ``table``.
-
-        A single-token step on a GPU is not waited for: it is taken to agree, and checked in the background.
-
-        Raises:
-            ValueError: the mask shows padding, whose keys and values were not kept.
-        """
-        if mask is None:
-            agrees = not any(table.padding)
-        elif num_tokens == 1 and mask.is_cuda and is_step_mask(mask, table.batch, 1, length):
-            if self._watched is not mask:
-                self._watched = mask
-                watch = self._watches.setdefault(mask.device, MaskWatch(mask.device))
-                if watch.submit(mask, table.padding_on(mask.device)):
-                    raise ValueError(
-                        "attention_mask: expected the left padding to stay as it was when this cache turned to pages, "
-                        "got other tokens hidden or shown in an earlier step; use dense attention for such masks"
-                    )
-            return True
-        else:
-            agrees = self.padding(mask, table.batch, num_tokens, length) == table.padding
-        if not agrees and any(table.padding):
-            padding = table.padding_on(mask.device if mask is not None else torch.device("cpu"))
-            if shows_padding(mask, padding):
-                raise ValueError(
-                    f"attention_mask: expected the left padding of {table.padding} tokens to stay hidden, got "
-                    f"{'no mask' if mask is None else 'a mask that shows it'}: a cache on pages does not keep padding"
-                )
-        return agrees
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
-        state = memo[id(self)] = CacheState(self.config)
-        state.table, state.refused = copy.deepcopy(self.table, memo), self.refused
-        return state
-
-    def __reduce__(self) -> Any:
-        return CacheState, (self.config,)  # pages do not survive pickling: layers are pickled dense
 
 
 class UniqueLayer(DynamicLayer):
