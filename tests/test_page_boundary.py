@@ -90,6 +90,33 @@ def test_by_hand(device: str, dtype: torch.dtype, note: str, scores: list[float]
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "two values", "equal", "few large", "ascending", "descending"])
+def test_many_candidates(device: str, dtype: torch.dtype, kind: str) -> None:
+    """Rows that are long enough for a sample of their scores, with scores that make a sample mislead."""
+    count, page_size, wanted = 5000, 4, 60
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(3))
+    pages = {
+        "normal": noise,
+        "two values": (noise > 0).float(),
+        "equal": torch.full((count,), 3.25),
+        "few large": torch.where(noise > 2.6, noise, 0.0),  # fewer than wanted
+        "ascending": torch.arange(count) / 4,
+        "descending": -torch.arange(count) / 4,
+    }[kind].to(torch.bfloat16)
+    k = torch.zeros(count * page_size, 1, 8, dtype=dtype, device=device)
+    k[:, 0, 0] = pages.repeat_interleave(page_size).to(dtype).to(device)
+    q = torch.zeros_like(k)
+    q[:, 0, 0] = 1.0
+    cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=device)
+    index = train.packed_index(k, cu_seqlens, len(k), rule="mean", page_size=page_size)
+    theta = ops.page_boundary(q, index, cu_seqlens, len(k), wanted + 2, rule="mean", page_size=page_size).cpu()
+    for own in (100, 1100, 2200, 4200, 4999):
+        ranked = pages[1:own].to(theta.dtype).sort(descending=True).values
+        assert float(theta[own * page_size, 0]) == float((ranked[wanted - 1] + ranked[wanted]) / 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_nan_query_counts_as_the_lowest_score(device: str, rule: str) -> None:
     """All its scores are NaN: theta is -inf, and no other query's theta changes."""

@@ -61,12 +61,26 @@ def row_of_kind(kind: str, count: int, k: int, random: torch.Generator) -> Tenso
     if kind == "extremes":
         values = torch.tensor([math.inf, -math.inf, 3.38e38, -3.38e38, 1e-40, -1e-40, 0.0, math.nan])
         return values[torch.randint(len(values), (count,), generator=random)]
+    if kind == "cluster":  # neighbours in all dtypes but fp64, with outliers
+        row = 1 + noise.double() * 2.0**-20
+        for outlier in (1e30, -1e30):
+            row[int(torch.randint(count, (), generator=random))] = outlier
+        return row
+    if kind == "outliers that halve":
+        return torch.where(torch.rand(count, generator=random) < 0.02, 2.0 ** (noise * 30), noise * 2.0**-100)
+    # The CPU samples a row at about equal distances: here most of a sample may be the best scores, or the worst.
+    stripes = torch.arange(count) % max(count // 256, 4) < 3
+    if kind == "stripes above":
+        return noise + 100 * stripes
+    if kind == "stripes below":
+        return noise - 100 * stripes
     raise AssertionError(kind)
 
 
 KINDS = [
     "normal", "all equal", "two values", "ascending", "descending", "all NaN", "numbers among -inf",
     "NaN everywhere", "NaN below -inf", "zeros of both signs", "around zero", "few values", "low bits", "extremes",
+    "cluster", "outliers that halve", "stripes above", "stripes below",
 ]  # fmt: skip
 
 

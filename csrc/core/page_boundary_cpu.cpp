@@ -1,5 +1,5 @@
 // One work item is one query token and KV head: scores of its candidate pages, then the two on either side of the
-// boundary by radix select.
+// boundary by selection.
 #include "cpu_gates.h"
 #include "cpu_select.h"
 #include "page_boundary.h"
@@ -35,10 +35,11 @@ class Boundary {
         q_stride(static_cast<int>(round_up(p.head_dim, Vec<Acc>::kLanes))),
         gates(p.seqs, p.rule, p.spread, group, p.head_dim, p.index),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(group)} * q_stride) +
-                2 * Scratch::padded<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1)) {
+                3 * Scratch::padded<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1)) {
     q = scratch.template take<Acc>(int64_t{padded_rows(group)} * q_stride);
     ordered = scratch.template take<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1);
     keys = scratch.template take<Key>(p.seqs.max_seqlen / p.seqs.page_size + 1);
+    spare = scratch.template take<Key>(p.seqs.max_seqlen / p.seqs.page_size + 1);
     for (int64_t i = 0; i < int64_t{padded_rows(group)} * q_stride; ++i) q[i] = Acc(0);
   }
 
@@ -77,7 +78,7 @@ class Boundary {
  private:
   Acc midpoint(int count, int wanted) {
     order_keys(ordered, count, keys);
-    const auto bound = find_threshold(keys, count, wanted).bound;
+    const auto bound = find_threshold(keys, count, wanted, spare).bound;
     Acc kth(__builtin_inff()), next = -kth;
     int reach = 0;
     for (int i = 0; i < count; ++i) {
@@ -100,6 +101,7 @@ class Boundary {
   Acc* q;          // [padded rows][q_stride]
   Score* ordered;  // scores of the candidates as they are ordered
   Key* keys;       // of `ordered`
+  Key* spare;      // of find_threshold
 };
 
 }  // namespace

@@ -1,6 +1,5 @@
-// One work item is one row. Scores become integers that order as they do; the key of the last page to take is found bit
-// by bit, by counting the keys that are at least as large (one vector comparison a register); a last walk collects the
-// pages in ascending order.
+// One work item is one row. Scores become integers that order as they do, the key of the last page to take is found
+// (cpu_select.h), and a last walk collects the pages in ascending order.
 #include "cpu_select.h"
 #include "topk_pages.h"
 
@@ -30,26 +29,20 @@ UA_INLINE RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
   return row;
 }
 
-// emit(i) for the keys that the threshold takes, in ascending order.
+// emit(i) for the `wanted` keys that the threshold takes, in ascending order.
 template <typename Key, typename Emit>
-UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, const Emit& emit) {
-  constexpr int kBlock = 256;
-  alignas(64) uint8_t reaches[kBlock];
-  for (int base = 0; base < count; base += kBlock) {
-    const int size = min_of(kBlock, count - base);
-    for (int i = 0; i < size; ++i) reaches[i] = keys[base + i] >= threshold.bound;
-    for (int i = size; i % 8 != 0; ++i) reaches[i] = 0;
-    for (int i = 0; i < size; i += 8) {
-      uint64_t flags;  // one in each byte
-      __builtin_memcpy(&flags, reaches + i, sizeof(flags));
-      if (flags == 0) continue;
-      for (int j = base + i; j < base + i + 8; ++j) {
-        if (!reaches[j - base]) continue;
-        if (keys[j] == threshold.bound && threshold.ties-- <= 0) continue;
-        emit(j);
-      }
-    }
-  }
+UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, int wanted, const Emit& emit) {
+  Key least = threshold.bound;
+  each_passing(
+      keys, count, [&](Key key) { return key >= least; },
+      [&](int i) {
+        if (keys[i] == threshold.bound && threshold.ties-- <= 0) {
+          least = Key(threshold.bound + 1);  // the row may be full of ties: whole vectors of them fail from here on
+          return true;
+        }
+        emit(i);
+        return --wanted > 0;
+      });
 }
 
 template <typename Score>
@@ -58,8 +51,9 @@ void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
   const int pages_per_block = p.table.block_size / p.table.page_size;
   using Key = typename ScoreBits<Score>::Key;
   parallel_for(exec, rows, grain_for(int64_t{8} * p.num_pages), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::padded<Key>(p.num_pages));
+    Scratch scratch(Scratch::padded<Key>(p.num_pages) + Scratch::padded<Key>(p.num_pages / 4));
     Key* const keys = scratch.take<Key>(p.num_pages);
+    Key* const spare = scratch.take<Key>(p.num_pages / 4);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i / p.num_kv_heads;
       const int b = static_cast<int>(token / p.num_query_tokens);
@@ -78,8 +72,8 @@ void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
       } else if (row.wanted > 0) {
         const Score* scores = static_cast<const Score*>(p.scores) + i * p.num_pages;
         order_keys(scores + low, high - low, keys);
-        const Threshold<Key> threshold = find_threshold(keys, high - low, row.wanted);
-        collect(keys, high - low, threshold, [&](int i) { emit(low + i); });
+        const Threshold<Key> threshold = find_threshold(keys, high - low, row.wanted, spare);
+        collect(keys, high - low, threshold, row.wanted, [&](int i) { emit(low + i); });
       }
       for (int page = high; page < row.end; ++page) emit(page);
       while (out < out_end) *out++ = -1;
