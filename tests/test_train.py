@@ -266,7 +266,7 @@ def test_compiles_with_inductor_and_autocast(device: str) -> None:
 def test_memory_is_linear_in_the_sequence_length(mode: str) -> None:
     """Beside a bounded chunk of scores (256 MiB), forward and backward allocate a fixed number of bytes a token."""
     extra = {}
-    for length in (8192, 16384, 32768):
+    for length in (8192, 16384, 32768, 65536):
         q, k, v = (
             torch.randn(length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for heads in (16, 8, 8)
@@ -286,6 +286,7 @@ def test_memory_is_linear_in_the_sequence_length(mode: str) -> None:
     tensors = 64 * 2 * (16 + 8 + 8)  # bytes a token of q, k and v
     for length, used in extra.items():
         assert used <= 1.05 * chunk + 8 * tensors * length, extra
+    assert extra[65536] - extra[32768] <= 8 * tensors * 32768, extra
     assert extra[32768] - extra[16384] <= 2.1 * max(extra[16384] - extra[8192], tensors * 8192), extra
 
 
