@@ -58,10 +58,11 @@ def block(results: Sequence[dict[str, Any]]) -> str:
         )
         parts.append(f"![Attention kept against the size of the index](docs/{FIGURE})\n")
         parts.append(
+            "<details>\n<summary>Formats that were tried</summary>\n\n"
             f"Formats at S={result['formats']['page_size']} in PyTorch: thousandths of the attention lost against "
             f"exact entries, budgets {' / '.join(map(str, o['budgets']))}, mean of the texts; with the keys as "
             "they are, and with a channel in each half of every head a hundred times as large, shifted (as a key "
-            f"bias does) or scaled (and the query's as small):\n\n{format_table(result)}"
+            f"bias does) or scaled (and the query's as small):\n\n{format_table(result)}\n</details>\n"
         )
     return "\n".join(parts)
 
