@@ -169,10 +169,12 @@ def test_cuda_against_a_cpu_torch(project: Project, nvcc: Path):
 
 def test_cuda_sources_alone(project: Project, nvcc: Path):
     env = {"UNIQUE_ATTN_CUDA": "1", "UNIQUE_ATTN_NVCC": str(nvcc), "UNIQUE_ATTN_CUDA_ARCHS": "9.0+PTX"}
+    env["UNIQUE_ATTN_NVCC_FLAGS"] = "-DONE -DTWO"
     assert "1 CUDA sources compile" in project.build("cuda", **env)
     assert not project.library.exists()
     calls = (nvcc.parent.parent / "calls").read_text()
     assert "code=compute_90" in calls
+    assert "-DONE -DTWO" in calls
     assert "SM90A" not in calls  # plain 9.0 lacks the instructions of the Hopper kernels
 
 

@@ -321,6 +321,33 @@ class LayerPages:
 
         return read(self.k), read(self.v)
 
+    def step(
+        self,
+        new: tuple[Tensor, Tensor, Tensor],
+        block_table: Tensor,
+        seq_lens: Tensor,
+        num_pages: int,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``ops.unique_decode`` of q, k and v in ``new``, at most ``MAX_QUERY_TOKENS`` tokens, with the settings."""
+        config = self.config
+        return ops.unique_decode(
+            *new,
+            self.k,
+            self.v,
+            self.index,
+            block_table,
+            seq_lens,
+            num_pages,
+            rule=config.rule,
+            page_size=config.page_size,
+            spread=config.spread,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            scale=scale,
+            index_format=config.index,
+        )
+
     @torch.no_grad()
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: PagedTable, scale: float | None
@@ -337,29 +364,14 @@ class LayerPages:
         Returns:
             ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected ``pages`` ``[B, T, H, num_pages]``.
         """
-        config, num_tokens = self.config, q.shape[1]
+        num_tokens = q.shape[1]
         seq_lens, block_table = table.seq_lens(self.device), table.block_table(self.device)
         k, v = _unit_stride(k), _unit_stride(v)
 
         def piece(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-            return ops.unique_decode(
-                q[:, begin:end],
-                k[:, begin:end],
-                v[:, begin:end],
-                self.k,
-                self.v,
-                self.index,
-                block_table,
-                seq_lens if end == num_tokens else seq_lens - (num_tokens - end),
-                config.num_pages,
-                rule=config.rule,
-                page_size=config.page_size,
-                spread=config.spread,
-                sink_pages=config.sink_pages,
-                recent_pages=config.recent_pages,
-                scale=scale,
-                index_format=config.index,
-            )
+            lens = seq_lens if end == num_tokens else seq_lens - (num_tokens - end)
+            new = (q[:, begin:end], k[:, begin:end], v[:, begin:end])
+            return self.step(new, block_table, lens, self.config.num_pages, scale)
 
         if num_tokens <= MAX_QUERY_TOKENS:
             return piece(0, num_tokens)

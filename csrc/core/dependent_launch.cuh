@@ -1,6 +1,5 @@
 // Launches whose start overlaps the end of the kernel before (programmatic dependent launch, Hopper): thread blocks may
-// start while the other kernel's last ones run, and wait where they begin to use memory. In a chain of short kernels that
-// hides most of each launch.
+// start while the other kernel's last ones run, and wait where they begin to use memory. docs/kernels.md has what a chain gains.
 #pragma once
 
 #include <cuda_runtime.h>

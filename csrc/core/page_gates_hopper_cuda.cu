@@ -1,6 +1,6 @@
-// Scores of a chunk of queries on the pages of a chunk of keys, plain or as log-gates, on Hopper. Queries (tokens with all heads
-// of a group as rows) stay in registers, also squared; one warp copies means and variances of 64 pages at a time. The
-// maximum over the group takes the way through shared memory, so that a group may have any size.
+// Scores of a chunk of queries on the pages of a chunk of keys, plain or as log-gates, on Hopper. Queries (tokens with
+// all heads of a group as rows) stay in registers, also squared; one warp copies means and variances of 64 pages at a
+// time. The maximum over the group takes the way through shared memory, so that a group may have any size.
 #include "soft_mask_hopper.cuh"
 
 namespace unique_attn {

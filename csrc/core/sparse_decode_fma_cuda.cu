@@ -1,7 +1,7 @@
-// Sparse attention of fp32 inputs: one thread block per (sequence, query token, KV head, tile of query heads, split of the selected pages). LPT lanes
-// share a token, 8 channels each; every group of LPT lanes runs its own online softmax over the tokens it meets, so
-// nothing is exchanged inside the loop but the sums of one dot product. All query heads of the tile share each K and V
-// read. The groups are merged at the end, the splits by combine_splits.
+// Sparse attention of fp32 inputs: one thread block per (sequence, query token, KV head, tile of query heads, split of
+// the selected pages). LPT lanes share a token, 8 channels each; every group of LPT lanes runs its own online softmax
+// over the tokens it meets, so nothing is exchanged inside the loop but the sums of one dot product. All query heads of
+// the tile share each K and V read. The groups are merged at the end, the splits by combine_splits.
 #include "sparse_decode_common.cuh"
 #include "split_plan.h"
 

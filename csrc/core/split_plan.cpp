@@ -15,12 +15,12 @@ constexpr int kMaxScoreSteps = 8;  // rows of different lengths must still sprea
 int decode_head_tile(int group) { return group >= 5 ? 8 : group >= 3 ? 4 : group; }
 
 SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
-                             int page_size, int num_sms) {
+                             int page_size, int slots) {
   if (batch == 0 || num_kv_heads == 0) return {1, 0};
   const int64_t rows = int64_t{batch} * num_query_tokens * num_kv_heads;
-  // Blocks on three quarters of the multiprocessors use all of the bandwidth, and one split needs no merge.
-  if (rows * 4 >= int64_t{num_sms} * 3) return {1, 0};
-  const int64_t wanted = (num_sms + rows - 1) / rows;
+  // Three quarters of them use all of the bandwidth, and one split needs no merge.
+  if (rows * 4 >= int64_t{slots} * 3) return {1, 0};
+  const int64_t wanted = (slots + rows - 1) / rows;
   const int64_t possible = std::max<int64_t>(1, int64_t{k} * page_size / kMinSplitTokens);
   int splits = static_cast<int>(std::min<int64_t>({wanted, possible, kMaxSplits}));
   // No empty splits, and no ragged ones where that costs nothing: the same pages per split, whole steps of the kernel,

@@ -11,9 +11,9 @@ struct SplitPlan {
   size_t workspace_bytes;  // partial outputs and log-sum-exps, 0 for one split
 };
 
-// sparse_decode: splits over the selected pages until every one of `num_sms` multiprocessors has a thread block.
+// sparse_decode: splits over the selected pages until about `slots` thread blocks have work.
 SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
-                             int page_size, int num_sms);
+                             int page_size, int slots);
 
 // Heads of a group that one thread block of sparse_decode serves.
 int decode_head_tile(int group);

@@ -1,4 +1,5 @@
-// The schema table: the one place where the ops get their names and signatures. `rule` and `index_format` are Rule and IndexFormat of types.h.
+// The schema table: the one place where the ops get their names and signatures. `rule` and `index_format` are Rule and
+// IndexFormat of types.h.
 #include "ops.h"
 #include "training.h"
 

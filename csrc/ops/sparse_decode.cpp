@@ -42,10 +42,10 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.num_splits = 1;
   p.partial_out = p.partial_lse = nullptr;
   if (args.is_cuda()) {
-    // The kernel of fp32 keeps few bytes in flight per thread block and needs about 4 times as many blocks.
-    const int num_sms = multiprocessor_count(q) * (p.dtype == DType::kFloat32 ? 4 : 1);
+    // One thread block a multiprocessor; that of fp32 keeps few bytes in flight and needs four.
+    const int slots = multiprocessor_count(q) * (p.dtype == DType::kFloat32 ? 4 : 1);
     const SplitPlan plan = plan_sparse_decode(p.batch, p.num_query_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim,
-                                              p.k, static_cast<int>(page_size), num_sms);
+                                              p.k, static_cast<int>(page_size), slots);
     p.num_splits = plan.num_splits;
     if (plan.num_splits > 1) {
       const int64_t floats = static_cast<int64_t>(plan.workspace_bytes / sizeof(float));

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from unique_attn.bench._tables import table as markdown_table
+
 METRICS = {  # name: title, format, factor
     "perplexity": ("perplexity of held-out prose", ".2f", 1),
     "retrieval": ("answers right, document prefilled (%)", ".1f", 100),
@@ -49,12 +51,12 @@ def _cell(facts: dict[str, Any], metric: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """The summary as a Markdown table: a row a variant and side."""
     head = ["", "decodes", *(title for title, _, _ in METRICS.values())]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, sides in result["summary"].items():
         for side, metrics in sides.items():
             reads = "densely" if side == "dense" else f"{result['settings']['budget']} tokens"
             lines.append([name, reads, *(_cell(metrics[metric], metric) for metric in METRICS)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, lines)
 
 
 def plot(result: dict[str, Any], path: str | Path) -> Path:

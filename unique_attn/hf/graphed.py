@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unique_attn import ops
 from unique_attn._runtime import PagePool
 from unique_attn.cache import Call
-from unique_attn.config import UniqueConfig
+from unique_attn.config import MAX_PAGES, UniqueConfig
 from unique_attn.decode import LayerPages, PagedTable
 from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache
 from unique_attn.hf.generate import decoding_loop
@@ -20,8 +19,6 @@ from unique_attn.hf.hooks import attention_modules, hook_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 
 __all__ = ["GraphedDecoder", "StaticPages", "greedy", "sampler"]
-
-_MOST_PAGES = 4096  # that topk_pages selects
 
 
 class StaticLayer(CacheLayerMixin):
@@ -69,25 +66,9 @@ class StaticLayer(CacheLayerMixin):
         assert self._new is not None
         assert self.storage is not None
         (k, v), self._new = self._new, None
-        state, config = self.state, self.state.config
-        return ops.unique_decode(
-            q,
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            self.storage.k,
-            self.storage.v,
-            self.storage.index,
-            state.block_table,
-            state.seq_lens,
-            state.num_pages(self.layer_idx),
-            rule=config.rule,
-            page_size=config.page_size,
-            spread=config.spread,
-            sink_pages=config.sink_pages,
-            recent_pages=config.recent_pages,
-            scale=scale,
-            index_format=config.index,
-        )
+        state, pages = self.state, self.state.num_pages(self.layer_idx)
+        new = (q, k.transpose(1, 2), v.transpose(1, 2))
+        return self.storage.step(new, state.block_table, state.seq_lens, pages, scale)
 
     def gather(self) -> tuple[Tensor, Tensor]:
         """Dense attention in a step: there is none here."""
@@ -200,8 +181,8 @@ class GraphedDecoder:
     is captured in a graph after the first prefill and replayed for every token, on the CPU it runs as it is. Lengths
     stay on the device, so the same graph serves every length up to ``max_length``. Prefill is dense and not captured.
 
-    Three ways to use it: :meth:`generate`, the fastest; ``model.generate(..., custom_generate=decoder)``, for what
-    transformers' generation offers; :meth:`prefill` and :meth:`step`.
+    Three ways to use it: :meth:`generate`, in which the host seldom waits for the device; ``model.generate(...,
+    custom_generate=decoder)``, for what transformers' generation offers; :meth:`prefill` and :meth:`step`.
 
     The model's weights must stay where they are; after loading others or another dtype, make a new decoder.
 
@@ -237,9 +218,9 @@ class GraphedDecoder:
         self.device = next(model.parameters()).device
         self.cache = StaticPages(self.config, len(modules), batch, max_length, self.device)
         most = max((self.cache.num_pages(i) for i in range(len(modules))), default=0)
-        if most > _MOST_PAGES:
+        if most > MAX_PAGES:
             raise ValueError(
-                f"max_length: expected at most {_MOST_PAGES * self.config.page_size} tokens with dense_layers, "
+                f"max_length: expected at most {MAX_PAGES * self.config.page_size} tokens with dense_layers, "
                 f"got {max_length}"
             )
         self._step = GraphedStep(model, self.cache, batch, sample)
