@@ -285,9 +285,21 @@ cudaError_t launch(const TopkPagesParams& p, cudaStream_t stream) {
   const bool aligned = p.num_pages % 8 == 0 && reinterpret_cast<uintptr_t>(p.scores) % (8 * sizeof(Score)) == 0;
   const int scores = p.num_pages + (aligned ? 0 : 7);
   if (p.k > 512 || p.num_pages > 1 << 20) return cudaErrorNotSupported;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
   if (p.k > 256) return launch<false, Score, 1024, 4, 1>(p, rows, stream);
   if (p.k > 128) return launch<false, Score, 512, 8, 1>(p, rows, stream);
-  if (scores <= 1024) return launch<true, Score, 256, 4, 1>(p, rows, stream);
+  if (scores <= 1024) {
+    if constexpr (sizeof(Score) == 2) {
+      // Many rows hide each other's latency; fewer threads then have less to do in all.
+      if (p.k <= 64 && rows >= 4 * multiprocessors) return launch<true, Score, 128, 8, 1>(p, rows, stream);
+    }
+    return launch<true, Score, 256, 4, 1>(p, rows, stream);
+  }
   if (scores <= 2048) return launch<true, Score, 256, 8, 1>(p, rows, stream);
   if (scores <= 4096) {
     if constexpr (sizeof(Score) == 2) {
@@ -296,13 +308,12 @@ cudaError_t launch(const TopkPagesParams& p, cudaStream_t stream) {
       return launch<true, Score, 512, 8, 1>(p, rows, stream);
     }
   }
-  if (scores <= 8192) return launch<true, Score, 512, 8, 2>(p, rows, stream);
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (scores <= 8192) {
+    if constexpr (sizeof(Score) == 2) {
+      if (p.k <= 64) return launch<true, Score, 256, 8, 4>(p, rows, stream);
+    }
+    return launch<true, Score, 512, 8, 2>(p, rows, stream);
   }
-  if (error != cudaSuccess) return error;
   const bool few = rows <= multiprocessors;  // then a block may have a multiprocessor to itself
   if constexpr (sizeof(Score) == 2) {
     if (p.k <= 64 && few) return launch<false, Score, 1024, 8, 4>(p, rows, stream);
