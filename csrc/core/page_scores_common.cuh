@@ -8,8 +8,7 @@
 
 namespace unique_attn {
 
-// How the work is cut. Neighbouring thread blocks are the KV heads of one chunk of pages, whose entries are neighbours in
-// memory too, then the chunks of a sequence.
+// How the work is cut: thread blocks are [sequence and tile of tokens, chunk of pages, KV head].
 struct ScoreGrid {
   int tokens_per_tile;
   int num_token_tiles;
@@ -28,7 +27,7 @@ inline ScoreGrid plan_score_grid(const PageScoresParams& p, int tokens_per_tile,
 }
 
 inline dim3 score_blocks(const PageScoresParams& p, const ScoreGrid& grid) {
-  return dim3(static_cast<unsigned>(p.batch) * grid.num_token_tiles * grid.num_chunks * p.num_kv_heads);
+  return dim3(static_cast<unsigned>(p.batch) * grid.num_token_tiles, grid.num_chunks, p.num_kv_heads);
 }
 
 // The part of one thread block.
@@ -43,19 +42,17 @@ struct ScoreTile {
 
 __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const ScoreGrid& grid) {
   ScoreTile tile;
-  tile.head = blockIdx.x % p.num_kv_heads;
-  const int chunk = blockIdx.x / p.num_kv_heads % grid.num_chunks;
-  const int tokens = blockIdx.x / p.num_kv_heads / grid.num_chunks;
-  tile.b = tokens / grid.num_token_tiles;
-  tile.token_begin = tokens % grid.num_token_tiles * grid.tokens_per_tile;
+  tile.head = blockIdx.z;
+  tile.b = blockIdx.x / grid.num_token_tiles;
+  tile.token_begin = blockIdx.x % grid.num_token_tiles * grid.tokens_per_tile;
   tile.num_tokens = min(grid.tokens_per_tile, p.num_query_tokens - tile.token_begin);
-  tile.page_begin = chunk * grid.pages_per_block;
+  tile.page_begin = static_cast<int>(blockIdx.y) * grid.pages_per_block;
   tile.page_end = min(tile.page_begin + grid.pages_per_block, p.num_pages);
   tile.seq_len = p.table.seq_lens[tile.b];
   tile.last = visible_pages(query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + tile.num_tokens - 1),
                             p.window, p.table.page_size);
   tile.first_page = tile.last.first;
-  for (int t = 0; t < tile.num_tokens && tile.last.end > 0; ++t) {
+  for (int t = 0; t + 1 < tile.num_tokens && tile.last.end > 0; ++t) {
     const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + t);
     if (position >= 0) {
       tile.first_page = visible_pages(position, p.window, p.table.page_size).first;

@@ -2,12 +2,15 @@
 // which a product does not know). A warp takes 16 pages at a time as the rows of a product, and all heads
 // of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
-// its part of two products of 16 channels. Entries go from memory straight into the operands; the loads of the next
-// pages are under way while the present ones are multiplied.
+// its part of two products of 16 channels. Copies of the next entries are under way while the present ones are
+// multiplied.
 //
 // Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
 // rounding of the score to its order key.
+#include <algorithm>
+
 #include "dependent_launch.cuh"
+#include "entry_ring.cuh"
 #include "page_scores_common.cuh"
 #include "page_scores_rows.cuh"
 
@@ -19,17 +22,33 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kPages = 16;              // of a warp's tile
 constexpr int kStep = kWarps * kPages;  // pages between two tiles of a warp
 constexpr int kColumns = 8;             // query rows of a product
-constexpr int kMaxTiles = 8;            // products side by side: query rows a thread block can hold / 8
+
+// Products side by side for several query tokens: query rows of a thread block / 8.
+template <int kSteps>
+constexpr int kMaxTiles = kSteps > 8 ? 2 : 8;
+
+// Tiles ahead: with these, no kernel needs more shared memory than every GPU of compute capability 8 has.
+template <int kSteps, int kTiles>
+constexpr int kStages = kSteps > 8 || kTiles > 1 ? 1 : 2;
+
+template <typename Row, int kSteps, int kTiles>
+using Ring = EntryRing<Row, kPages, kStep, kStages<kSteps, kTiles>>;
 
 template <Form kForm>
 constexpr int kOperands = kForm == Form::kVariance ? 2 : 1;  // of a query
 
-// Operands of the query rows, as lanes need them: [tile of 8 rows, operand, k-step, lane]. One tile is one token, whose
-// heads meet in registers; the scores of several tokens go through shared memory.
+// A lane's operands of a k-step: queries and, for the variance, their squares.
+template <Form kForm>
+struct alignas(8 * kOperands<kForm>) Operands {
+  uint2 q[kOperands<kForm>];
+};
+
+// Operands of the query rows: [tile of 8 rows, k-step, lane]. One tile is one token, whose heads meet in registers; the
+// scores of several tokens go through shared memory. Rows past the last one repeat the others, which changes no maximum.
 template <Form kForm, int kSteps, int kTiles>
-struct Queries {
+struct alignas(16) Queries {
   static constexpr int kScores = kTiles > 1 ? kTiles * kColumns + 1 : 1;
-  uint2 operand[kTiles][kOperands<kForm>][kSteps][kWarp];
+  Operands<kForm> operand[kTiles][kSteps][kWarp];
   float norm[kTiles * kColumns];
   float scores[kWarps][kPages][kScores];
 };
@@ -38,36 +57,33 @@ template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 __device__ __forceinline__ void load_queries(Queries<kForm, kSteps, kTiles>& shared, const PageScoresParams& p, int b,
                                              int head, int token_begin, int num_rows, int group) {
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
-  for (int row = threadIdx.x; row < kTiles * kColumns; row += kThreads) shared.norm[row] = 0.f;
-  __syncthreads();
+  const auto source = [&](int row) {
+    const int wrapped = row % num_rows;
+    const int token = kTiles > 1 ? wrapped / group : 0;
+    return static_cast<const T*>(p.q.data) + b * p.q.stride_batch + (token_begin + token) * p.q.stride_token +
+           (head * group + wrapped - token * group) * p.q.stride_head;
+  };
   constexpr int kChunks = kSteps * 2;  // of 8 channels
   for (int i = threadIdx.x; i < num_tiles * kColumns * kChunks; i += kThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
     uint4 raw = make_uint4(0, 0, 0, 0);
-    if (row < num_rows && chunk * 8 < p.head_dim) {
-      raw = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.q.data) + b * p.q.stride_batch +
-                                            (token_begin + row / group) * p.q.stride_token +
-                                            (head * group + row % group) * p.q.stride_head + chunk * 8);
-    }
+    if (chunk * 8 < p.head_dim) raw = *reinterpret_cast<const uint4*>(source(row) + chunk * 8);
     unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
     Row::query_words(words);
-    const int tile = row / kColumns;
     const int lane = row % kColumns * 4 + Row::chunk_lane(chunk);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int step = Row::chunk_of_lane(chunk) * 2 + half;
       const unsigned a = words[half * 2], c = words[half * 2 + 1];
-      shared.operand[tile][0][step][lane] = make_uint2(a, c);
-      if constexpr (kForm == Form::kVariance) {
-        shared.operand[tile][1][step][lane] = make_uint2(square2<T>(a), square2<T>(c));
-      }
+      Operands<kForm> operands;
+      operands.q[0] = make_uint2(a, c);
+      if constexpr (kForm == Form::kVariance) operands.q[1] = make_uint2(square2<T>(a), square2<T>(c));
+      shared.operand[row / kColumns][Row::chunk_of_lane(chunk) * 2 + half][lane] = operands;
     }
   }
   if constexpr (kForm == Form::kUnique) {
-    for (int row = threadIdx.x / kWarp; row < num_rows; row += kWarps) {
-      const T* q = static_cast<const T*>(p.q.data) + b * p.q.stride_batch +
-                   (token_begin + row / group) * p.q.stride_token + (head * group + row % group) * p.q.stride_head;
+    for (int row = threadIdx.x / kWarp; row < num_tiles * kColumns; row += kWarps) {
+      const T* q = source(row);
       float sum = 0.f;
       for (int d = threadIdx.x % kWarp; d < p.head_dim; d += kWarp) sum += to_float(q[d]) * to_float(q[d]);
 #pragma unroll
@@ -78,105 +94,15 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps, kTiles>& sha
   __syncthreads();
 }
 
-// Where the entries of a lane's row of the tiles are: pages kStep apart, without a division for each.
-class EntryCursor {
- public:
-  __device__ __forceinline__ EntryCursor(const PageScoresParams& p, int page)
-      : page_(page),
-        table_pages_(p.table.block_size / p.table.page_size),
-        block_(page / table_pages_),
-        within_(page % table_pages_),
-        blocks_per_step_(kStep / table_pages_),
-        pages_per_step_(kStep % table_pages_) {}
-
-  // The first page of the index stands in for pages that no token of the tile sees (the table ends with the sequence):
-  // a row's score depends on nothing but its own entry.
-  __device__ __forceinline__ const uint8_t* entry(const PageScoresParams& p, const ScoreTile& tile) const {
-    const uint8_t* entries = p.index.data + tile.head * p.index.stride_head;
-    if (page_ >= tile.page_end || page_ < tile.first_page || page_ >= tile.last.end) return entries;
-    const int block = p.table.blocks[tile.b * p.table.stride_seq + block_];
-    // Factors of 32 bits: one instruction each.
-    return entries + int64_t{block} * static_cast<int>(p.index.stride_block) +
-           within_ * static_cast<int>(p.index.stride_page);
-  }
-  __device__ __forceinline__ void advance() {
-    page_ += kStep;
-    block_ += blocks_per_step_;
-    within_ += pages_per_step_;
-    if (within_ >= table_pages_) {
-      within_ -= table_pages_;
-      ++block_;
-    }
-  }
-
- private:
-  int page_, table_pages_, block_, within_, blocks_per_step_, pages_per_step_;
-};
-
-// Rows lane / 4 and lane / 4 + 8 of a warp's tiles, Row::kAhead tiles ahead of their use. Addresses are looked up one
-// tile before they are read.
-template <typename Row>
-class RowStream {
- public:
-  // `any`: whether the tile sees a page at all; else the index may be empty, and nothing is read.
-  __device__ __forceinline__ RowStream(const PageScoresParams& p, const ScoreTile& tile, int page, bool any)
-      : p_(p), tile_(tile), any_(any), cursors_{{p, page}, {p, page + 8}} {
-    look_up();
-#pragma unroll
-    for (int i = 0; i < Row::kAhead; ++i) fetch(ahead_[i]);
-  }
-  __device__ __forceinline__ void next(Row (&rows)[2]) {
-    if constexpr (Row::kAhead == 0) {
-      fetch(rows);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        rows[half] = ahead_[0][half];
-#pragma unroll
-        for (int i = 1; i < Row::kAhead; ++i) ahead_[i - 1][half] = ahead_[i][half];
-      }
-      fetch(ahead_[Row::kAhead - 1]);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void look_up() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      entries_[half] = cursors_[half].entry(p_, tile_);
-      cursors_[half].advance();
-    }
-  }
-  __device__ __forceinline__ void fetch(Row (&rows)[2]) {
-    if (!any_) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half].load(entries_[half], p_.head_dim);
-    look_up();
-  }
-
-  const PageScoresParams& p_;
-  const ScoreTile& tile_;
-  const bool any_;
-  EntryCursor cursors_[2];
-  const uint8_t* entries_[2];
-  Row ahead_[Row::kAhead > 0 ? Row::kAhead : 1][2];
-};
-
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
 
-// Thread blocks a multiprocessor must hold, or registers would be spent on fewer.
-template <typename Row, int kSteps, int kTiles>
-constexpr int kResident = kSteps > 8 || kTiles > 1 ? 1
-                          : Row::kSmall            ? 5
-                                                   : 3;
-
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
-__global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
-    page_scores_mma_kernel(const PageScoresParams p, const ScoreGrid grid) {
+__global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
+    page_scores_mma_kernel(const PageScoresParams p, const ScoreGrid grid, const EntryPieces pieces) {
   wait_for_previous_kernel();
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
@@ -188,18 +114,24 @@ __global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const float c = static_cast<float>(p.spread);
+  float c = static_cast<float>(p.spread);
+  asm volatile("" : "+f"(c));  // or it is converted again for every tile
   const int first = tile.page_begin + warp * kPages;
   __nv_bfloat16* out = score_row<__nv_bfloat16>(p, tile, 0);
 
-  RowStream<Row> stream(p, tile, first + lane / 4, !nothing);
+  uint8_t* entries = reinterpret_cast<uint8_t*>(&shared + 1);
+  using WarpRing = Ring<Row, kSteps, kTiles>;
+  WarpRing ring(p, tile, pieces, entries + warp * WarpRing::bytes(p.head_dim), first);
   if (!nothing) load_queries<T, Row>(shared, p, tile.b, tile.head, tile.token_begin, num_rows, group);
 
   for (int base = first; base < tile.page_end; base += kStep) {
     Row rows[2];
-    stream.next(rows);
+    ring.wait();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows[half].load(ring.entry(lane / 4 + half * 8), p.head_dim);
+    ring.next();
     const bool any = max(base, tile.first_page) < min(base + kPages, min(tile.last.end, tile.page_end));
-    float best[2] = {-INFINITY, -INFINITY};  // one tile: of the two rows
+    float best[2] = {-INFINITY, -INFINITY};  // one tile: the maxima of the two rows
     if (any) {
       rows[0].decode();
       rows[1].decode();
@@ -216,36 +148,33 @@ __global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
         float u[4] = {}, v[4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const uint2 q = shared.operand[n][0][step][lane];
-          mma16816<T>(u, mean[step], q.x, q.y);
-          if constexpr (kForm == Form::kVariance) {
-            const uint2 q_squares = shared.operand[n][1][step][lane];
-            mma16816<__nv_bfloat16>(v, var[step], q_squares.x, q_squares.y);
-          }
+          const Operands<kForm> b = shared.operand[n][step][lane];
+          mma16816<T>(u, mean[step], b.q[0].x, b.q[0].y);
+          if constexpr (kForm == Form::kVariance) mma16816<__nv_bfloat16>(v, var[step], b.q[1].x, b.q[1].y);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = n * kColumns + lane % 4 * 2 + i % 2;
-          float score = u[i];
-          if constexpr (kForm == Form::kVariance) score = fmaf(c, sqrt_fast(v[i]), score);
-          if constexpr (kForm == Form::kUnique) score = fmaf(c * shared.norm[row], rows[i / 2].scalar, score);
-          if constexpr (kTiles > 1) {
-            shared.scores[warp][lane / 4 + i / 2 * 8][row] = score;
-          } else if (row < num_rows) {
-            best[i / 2] = max_or_nan(best[i / 2], score);
-          }
+          if constexpr (kForm == Form::kVariance) u[i] = fmaf(c, sqrt_fast(v[i]), u[i]);
+          if constexpr (kForm == Form::kUnique) u[i] = fmaf(c * shared.norm[row], rows[i / 2].scalar, u[i]);
+          if constexpr (kTiles > 1) shared.scores[warp][lane / 4 + i / 2 * 8][row] = u[i];
         }
+        best[0] = max_or_nan(u[0], u[1]);
+        best[1] = max_or_nan(u[2], u[3]);
       }
     } else if (!p.fill_outside) {
       continue;
     }
 
     if constexpr (kTiles == 1) {
+      const auto with_lane = [&](int other) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], 1));
-        best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], 2));
-      }
+        for (int half = 0; half < 2; ++half) {
+          best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], other));
+        }
+      };
+      with_lane(1);
+      if (group > 4) with_lane(2);  // else two lanes, 4 neighbouring columns, have seen all heads
       const int page = base + lane / 4 + lane % 4 * 8;
       const bool visible = page >= tile.first_page && page < tile.last.end;
       if (lane % 4 < 2 && page < tile.page_end && (visible || p.fill_outside)) {
@@ -272,21 +201,24 @@ __global__ void __launch_bounds__(kThreads, kResident<Row, kSteps, kTiles>)
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
-  constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>);
+  const EntryPieces pieces = entry_pieces(p, kPages, kStep);
+  constexpr int kBytes =
+      sizeof(Queries<kForm, kSteps, kTiles>) + kWarps * Ring<Row, kSteps, kTiles>::bytes(Row::kHeadDim);
+  static_assert(kBytes <= 99 * 1024, "what every GPU of compute capability 8 has");
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   static const int resident = resident_blocks(kernel, kThreads, kBytes);
   const ScoreGrid grid = plan_score_grid(p, tokens, kStep, resident * num_sms);
-  return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid);
+  return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid, pieces);
 }
 
 template <typename T, typename Row, Form kForm, int kSteps>
 cudaError_t launch_rows(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
   if (p.num_query_tokens == 1 && group <= kColumns) return launch<T, Row, kForm, kSteps, 1>(p, 1, num_sms, stream);
-  const int fitting = kMaxTiles * kColumns / group;
+  const int fitting = kMaxTiles<kSteps> * kColumns / group;
   const int tokens = fitting < p.num_query_tokens ? fitting : p.num_query_tokens;
-  return launch<T, Row, kForm, kSteps, kMaxTiles>(p, tokens, num_sms, stream);
+  return launch<T, Row, kForm, kSteps, kMaxTiles<kSteps>>(p, tokens, num_sms, stream);
 }
 
 template <typename T, Form kForm, int kSteps>
@@ -322,7 +254,9 @@ cudaError_t launch_form(const PageScoresParams& p, int num_sms, cudaStream_t str
 }  // namespace
 
 bool page_scores_on_mma(const PageScoresParams& p) {
-  if (p.rule == Rule::kMinMax || p.dtype == DType::kFloat32 || p.index.stride_block > INT32_MAX) return false;
+  if (p.rule == Rule::kMinMax || p.dtype == DType::kFloat32) return false;
+  // Offsets within a block, and the stride of blocks, are 32-bit factors.
+  if (std::max(p.index.stride_block, p.index.stride_page * p.table.block_size) > INT32_MAX) return false;
   if (p.index.format == IndexFormat::kExact) return true;
   return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256);
 }

@@ -1,5 +1,5 @@
-// Entries of the page index as operands of page_scores' matrix products: what a lane reads of an entry, and how it
-// becomes 16-bit numbers in registers.
+// Entries of the page index as operands of page_scores' matrix products: what a lane reads of an entry in shared memory,
+// and how it becomes 16-bit numbers in registers.
 #pragma once
 
 #include "index_format.h"
@@ -14,12 +14,16 @@ enum class Form {
   kVariance,  // u + c * sqrt(v): `directional`
 };
 
+__device__ __forceinline__ __nv_bfloat162 as_pair(unsigned word) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&word);
+}
+__device__ __forceinline__ unsigned as_word(__nv_bfloat162 pair) { return *reinterpret_cast<const unsigned*>(&pair); }
+
 template <typename T>
 __device__ __forceinline__ unsigned square2(unsigned pair) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(&pair);
-    const __nv_bfloat162 square = __hmul2(x, x);
-    return *reinterpret_cast<const unsigned*>(&square);
+    const __nv_bfloat162 x = as_pair(pair);
+    return as_word(__hmul2(x, x));
   } else {
     const T* x = reinterpret_cast<const T*>(&pair);
     const float low = to_float(x[0]), high = to_float(x[1]);
@@ -40,7 +44,8 @@ __device__ __forceinline__ unsigned pick_bytes(unsigned low, unsigned high, unsi
 }
 
 // A lane of a quad has kSteps * 4 channels of a page, in chunks of 8. `chunk_lane` says which; `pair(step, i)` is half i
-// (of two) of what the lane gives to a k-step, two channels, for a query in the same order (`query_words`).
+// (of two) of what the lane gives to a k-step, two channels, for a query in the same order (`query_words`). kResident:
+// thread blocks that a multiprocessor must hold, or registers would be spent on fewer.
 
 template <int kCount>
 __device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void* source) {
@@ -61,9 +66,13 @@ __device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void
 // Vectors in the keys' dtype: chunk after chunk goes round the lanes, so that they read neighbouring 16 bytes.
 template <typename T, Form kForm, int kSteps>
 struct ExactRow {
+  static constexpr int kHeadDim = kSteps * 16;  // at most
   static constexpr int kChunks = kSteps / 2;
-  static constexpr bool kSmall = false;               // whether many rows fit into a warp's registers
-  static constexpr int kAhead = kSteps <= 8 ? 1 : 0;  // tiles whose loads are under way
+  static constexpr int kResident = kSteps > 8 ? 1 : 3;
+  static UA_HD constexpr int entry_bytes(int head_dim) {
+    return (kForm == Form::kVariance ? 2 : 1) * head_dim * static_cast<int>(sizeof(T)) +
+           (kForm == Form::kUnique ? static_cast<int>(kScalarBytes) : 0);
+  }
   unsigned mean[kChunks][4], std[kForm == Form::kVariance ? kChunks : 1][4];
   float scalar;  // `unique`
 
@@ -104,8 +113,10 @@ struct CompressedRow {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kChunks = kSteps / 2;
   static constexpr int kGroups = kSteps > 8 ? kSteps / 8 : 1;  // of a lane
-  static constexpr bool kSmall = true;
-  static constexpr int kAhead = kForm == Form::kVariance ? 1 : 2;
+  static constexpr int kResident = kSteps > 8 ? 1 : 7;
+  static UA_HD constexpr int entry_bytes(int) {
+    return 16 * kGroups + kHeadDim / 2 + (kForm == Form::kVariance ? kHeadDim / 4 : 0);
+  }
   unsigned means[kChunks];                                      // 8 codes of 4 bits
   unsigned spreads[kForm == Form::kVariance ? kSteps / 4 : 1];  // 16 codes of 2 bits
   unsigned scales[kGroups];
@@ -136,17 +147,22 @@ struct CompressedRow {
     float sum = 0.f;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const GroupValues values(GroupScales{static_cast<uint16_t>(scales[g]), static_cast<uint8_t>(scales[g] >> 16),
-                                           static_cast<uint8_t>(scales[g] >> 24)});
-      step[g] = __float2bfloat162_rn(values.step);
-      offset[g] = __float2bfloat162_rn(-136.f * values.step);  // 17 times 4 bits: exact
-      outlier[g] = __float2bfloat162_rn(fmaf(-static_cast<float>(kOutlierCode), values.step, values.outlier));
+      // E5M3 numbers, moved to the places of a bf16's fields, are 2^112 times too small.
+      const unsigned codes = pick_bytes(scales[g], 0u, 0x4342) << 4;
+      const __nv_bfloat162 step_spread = __hmul2(as_pair(codes), __float2bfloat162_rn(0x1p112f));
+      step[g] = __low2bfloat162(step_spread);
+      offset[g] = __hmul2(step[g], __float2bfloat162_rn(-136.f));  // 17 times 4 bits: exact
+      const float big = __half2float(__ushort_as_half(static_cast<unsigned short>(scales[g])));
+      const float small = __low2float(step_spread);
+      outlier[g] = __float2bfloat162_rn(fmaf(-static_cast<float>(kOutlierCode), small, big));
       if constexpr (kForm == Form::kVariance) {
-        const auto square = [&](int code) { return values.std(code) * values.std(code); };
-        variances[g][0] = pack2<__nv_bfloat16>(square(0), square(1));
-        variances[g][1] = pack2<__nv_bfloat16>(square(2), square(3));
+        const __nv_bfloat162 stds = __hmin2(step_spread, __high2bfloat162(step_spread));  // of code 0; the spread
+        const __nv_bfloat162 squares = __hmul2(stds, stds);
+        variances[g][0] = as_word(__hmul2(squares, as_pair(0x40803f80u)));                    // 1 and 4 times
+        variances[g][1] = as_word(__hmul2(__high2bfloat162(squares), as_pair(0x41804110u)));  // 9 and 16 times
       }
-      sum += values.spread * values.spread;
+      const float spread = __high2float(step_spread);
+      sum += spread * spread;
     }
     if constexpr (kForm == Form::kUnique) {
       sum += __shfl_xor_sync(kFullMask, sum, 1);
@@ -158,11 +174,11 @@ struct CompressedRow {
     const int group = k / 2 * kGroups / kChunks;
     // 4 bits in the last places of bf16's 128 are 128 + bits; with the sign bit turned that is 136 + code.
     const unsigned bits = and_xor(means[k / 2] >> (k % 2 * 2 + i) * 4, 0x000f000fu, 0x43084308u);
-    const __nv_bfloat162 code = *reinterpret_cast<const __nv_bfloat162*>(&bits);
+    const __nv_bfloat162 code = as_pair(bits);
     // 1 for the outlier's code, whose bits are 128, and 0 for the others.
     const __nv_bfloat162 is_outlier = __hfma2_relu(code, __float2bfloat162_rn(-1.f), __float2bfloat162_rn(129.f));
     const __nv_bfloat162 value = __hfma2(is_outlier, outlier[group], __hfma2(code, step[group], offset[group]));
-    return *reinterpret_cast<const unsigned*>(&value);
+    return as_word(value);
   }
   __device__ __forceinline__ unsigned var_pair(int k, int i) const {
     const int chunk = k / 2;

@@ -39,7 +39,7 @@ int plan_score_chunk(int rows, int num_pages, int step, int slots) {
   for (int64_t n = 1; n <= std::min<int64_t>(steps, kMaxScoreSteps); ++n) {
     const int64_t blocks = rows * ((steps + n - 1) / n);
     const int64_t waves = (blocks + slots - 1) / slots;
-    const int64_t cost = waves * (2 * n + 1);  // a thread block's start takes about half a step
+    const int64_t cost = waves * (n + 1);  // a thread block's start takes about a step
     if (cost <= best_cost) {
       best_cost = cost;
       best = n;
