@@ -1,8 +1,8 @@
 // One thread block per touched page and KV head, one thread per channel. The variance takes two passes; the second one
-// over a long page reads its keys from L1.
+// over a long page reads its keys from L1. In a decode step the threads write the new tokens as well.
+#include "append_index.h"
 #include "dependent_launch.cuh"
 #include "device_utils.cuh"
-#include "page_index.h"
 
 namespace unique_attn {
 namespace {
@@ -74,8 +74,35 @@ __device__ __forceinline__ void compress_entry(float mean, float std, int head_d
   if (used + d < end) entry[used + d] = 0;
 }
 
-template <typename T, typename RuleT, bool kCompressed>
-__global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndexParams p, int pages_per_seq) {
+// Writes one channel of the new tokens in [first, end). Its thread reads it back itself: there is nothing to wait for.
+template <typename T>
+__device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, int head, int first, int end) {
+  const int position = query_position(p.table.seq_lens[b], p.num_tokens, 0);
+  first = max(first, position);
+  const auto source = [&](const TokenView& x, int token) {
+    const int64_t row = b * x.stride_batch + (token - position) * x.stride_token + head * x.stride_head;
+    return static_cast<const T*>(x.data)[row + threadIdx.x];
+  };
+  const auto target = [&](const PagedView& cache, int token) -> T& {
+    return static_cast<T*>(cache.data)[token_row<T>(cache, p.table, b, head, token) + threadIdx.x];
+  };
+  for (int begin = first; begin < end; begin += kKeys) {
+    T k[kKeys], v[kKeys];
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      if (begin + j < end) k[j] = source(p.k, begin + j), v[j] = source(p.v, begin + j);
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      if (begin + j < end) target(p.k_cache, begin + j) = k[j], target(p.v_cache, begin + j) = v[j];
+    }
+  }
+}
+
+// `append` is read with kAppend only.
+template <typename T, typename RuleT, bool kCompressed, bool kAppend>
+__global__ void __launch_bounds__(kMaxHeadDim)
+    page_index_kernel(const PageIndexParams p, const AppendKvParams append, int pages_per_seq) {
   wait_for_previous_kernel();
   const int b = blockIdx.x / pages_per_seq;
   const int head = blockIdx.y;
@@ -90,6 +117,7 @@ __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndex
 
   const int d = threadIdx.x;
   const bool active = d < p.head_dim;
+  if (kAppend && active) append_channel<T>(append, b, head, first, first + count);
   // A page lies within one block, so its rows are stride_token apart.
   const T* keys = static_cast<const T*>(p.k_cache.data) + token_row<T>(p.k_cache, p.table, b, head, first) + d;
 
@@ -153,24 +181,33 @@ __global__ void __launch_bounds__(kMaxHeadDim) page_index_kernel(const PageIndex
   }
 }
 
+template <bool kAppend>
+cudaError_t launch(const PageIndexParams& p, const AppendKvParams& append, cudaStream_t stream) {
+  if (p.batch == 0 || p.num_kv_heads == 0 || p.max_new_tokens == 0) return cudaSuccess;
+  // max_new_tokens tokens touch at most this many pages, wherever they start.
+  const int page_size = p.table.page_size;
+  const int touched = (p.max_new_tokens + page_size - 2) / page_size + 1;
+  const int capacity = p.table.max_blocks * (p.table.block_size / page_size);
+  const int pages_per_seq = touched < capacity ? touched : capacity;
+  if (pages_per_seq == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(int64_t{p.batch} * pages_per_seq), p.num_kv_heads);
+  const int threads = (p.head_dim + kWarp - 1) / kWarp * kWarp;
+  cudaError_t error = cudaErrorInvalidValue;
+  UA_DISPATCH_CUDA_DTYPE(p.dtype, T, UA_DISPATCH_INDEX(p.index.format, p.rule, RuleT, kCompressed, {
+                           error = launch_dependent(page_index_kernel<T, RuleT, kCompressed, kAppend>, grid, threads, 0,
+                                                    stream, p, append, pages_per_seq);
+                         }));
+  return error;
+}
+
 }  // namespace
 
 cudaError_t page_index_cuda(const PageIndexParams& params, cudaStream_t stream) {
-  if (params.batch == 0 || params.num_kv_heads == 0 || params.max_new_tokens == 0) return cudaSuccess;
-  // max_new_tokens tokens touch at most this many pages, wherever they start.
-  const int page_size = params.table.page_size;
-  const int touched = (params.max_new_tokens + page_size - 2) / page_size + 1;
-  const int capacity = params.table.max_blocks * (params.table.block_size / page_size);
-  const int pages_per_seq = touched < capacity ? touched : capacity;
-  if (pages_per_seq == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(int64_t{params.batch} * pages_per_seq), params.num_kv_heads);
-  const int threads = (params.head_dim + kWarp - 1) / kWarp * kWarp;
-  cudaError_t error = cudaErrorInvalidValue;
-  UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
-                           error = launch_dependent(page_index_kernel<T, RuleT, kCompressed>, grid, threads, 0, stream,
-                                                    params, pages_per_seq);
-                         }));
-  return error;
+  return launch<false>(params, {}, stream);
+}
+
+cudaError_t append_index_cuda(const AppendIndexParams& params, cudaStream_t stream) {
+  return launch<true>(params.index, params.append, stream);
 }
 
 }  // namespace unique_attn

@@ -3,9 +3,8 @@
 // so that bad input leaves everything unwritten.
 #pragma once
 
-#include "append_kv.h"
+#include "append_index.h"
 #include "arguments.h"
-#include "page_index.h"
 #include "page_scores.h"
 #include "runner.h"
 #include "sparse_decode.h"

@@ -34,8 +34,12 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
   }
 
   const Runner runner(kOp, q);
-  if (append.has_value()) runner.run(append->params, append_kv_cpu, UA_CUDA(append_kv_cuda));
-  runner.run(indexing.params, page_index_cpu, UA_CUDA(page_index_cuda));
+  if (append.has_value()) {
+    const AppendIndexParams both{append->params, indexing.params};
+    runner.run(both, append_index_cpu, UA_CUDA(append_index_cuda));
+  } else {
+    runner.run(indexing.params, page_index_cpu, UA_CUDA(page_index_cuda));
+  }
   runner.run(scoring.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
   runner.run(selection.params, topk_pages_cpu, UA_CUDA(topk_pages_cuda));
   runner.run(attention.params, sparse_decode_cpu, UA_CUDA(sparse_decode_cuda));
