@@ -255,10 +255,15 @@ def test_steps_append_and_are_set_back(fake_flashinfer: None, name: str):
 
 
 def test_a_model_can_be_compiled_in_parts(monkeypatch: pytest.MonkeyPatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append(type(self).__name__))
-    model._compile(_model_sides.new_model(shape(), CPU))
-    assert sorted(compiled) == ["LlamaMLP"] * 3 + ["LlamaRMSNorm"] * 7
+    from transformers.models.llama import modeling_llama
+
+    parts, eager = [], modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: parts.append(type(self).__name__))
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: (function, "compiled"))
+    with model.compiled(_model_sides.new_model(shape(), CPU)):
+        assert modeling_llama.apply_rotary_pos_emb == (eager, "compiled")
+    assert modeling_llama.apply_rotary_pos_emb is eager
+    assert sorted(parts) == ["LlamaMLP"] * 3 + ["LlamaRMSNorm"] * 7
 
 
 def test_pages_that_are_filled_already():

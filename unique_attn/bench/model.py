@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--index-format", nargs="+", dest="index_formats", default=FORMATS, choices=FORMATS, help="storage of the index"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the model's norms and MLPs, for all sides"
+        "--compile", action="store_true", help="torch.compile the model's norms, rotation and MLPs, for all sides"
     )
 
 
@@ -177,8 +178,14 @@ def measure_shape(o: Shape, ceilings: Ceilings, options: argparse.Namespace) -> 
     if o.context < o.block_size + ROOM:
         raise ValueError(f"context: expected more than a block, {o.block_size + ROOM} tokens, got {o.context}")
     model = _model_sides.new_model(o, device)
-    if options.compile:
-        _compile(model)
+    with compiled(model) if options.compile else contextlib.nullcontext():
+        return {"compiled": options.compile, **_measure_model(o, model, ceilings, options)}
+
+
+def _measure_model(o: Shape, model: Any, ceilings: Ceilings, options: argparse.Namespace) -> dict[str, Any]:
+    from unique_attn.bench import _model_sides
+
+    device = ceilings.device
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     reference = Reference(o, model, device)
     sides = _model_sides.new_sides(o, options.sides, options.index_formats, device)
@@ -202,13 +209,22 @@ def measure_shape(o: Shape, ceilings: Ceilings, options: argparse.Namespace) -> 
         else:
             print(f"  {name}: {found[name].get('skipped') or found[name]['failed']}", file=sys.stderr, flush=True)
     ordered = {name: found[name] for name in sides}
-    return {**shared, "compiled": options.compile, "sides": ordered, **_compared(ordered, sides)}
+    return {**shared, "sides": ordered, **_compared(ordered, sides)}
 
 
-def _compile(model: Any) -> None:
+@contextlib.contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """``torch.compile`` of what any engine fuses beside attention: norms, MLPs and the rotation of queries and keys."""
     for module in model.modules():
         if type(module).__name__.endswith(("RMSNorm", "MLP")):
             module.compile(dynamic=False)
+    modeling = sys.modules[type(model).__module__]
+    eager = modeling.apply_rotary_pos_emb
+    modeling.apply_rotary_pos_emb = torch.compile(eager, dynamic=False)
+    try:
+        yield
+    finally:
+        modeling.apply_rotary_pos_emb = eager
 
 
 def _measure_side(
