@@ -74,6 +74,25 @@ def test_long_rows(device: str, rule: str, index_format: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+@pytest.mark.parametrize("pages_per_block", [1, 3, 8, 16, 24])
+def test_entries_lie_in_pieces_of_any_length(device: str, rule: str, index_format: str, pages_per_block: int) -> None:
+    """Pages of a block follow each other in memory or do not; blocks that a window left behind are gone."""
+    paging = {"page_size": 4, "pages_per_block": pages_per_block, "rule": rule, "index_format": index_format}
+    for group, tokens, head_dim, window in [(4, 1, 128, 0), (8, 1, 64, 700), (2, 5, 256, 0), (16, 3, 128, 900)]:
+        spec = Spec((1999, 2, 800), tokens, 2, group, head_dim, dtype=torch.bfloat16, window=window, **paging)
+        case = build(spec, device)
+        if window:
+            case.block_table[0, : (1999 - tokens - window) // (4 * pages_per_block)] = 2**30
+        scores = run(case)
+        assert_scores(case.to("cpu"), scores)
+        blocks, heads, pages, size = case.index.shape
+        padded = case.index.new_full((blocks, heads, pages + 1, size + 16), 0xFF)[:, :, 1:, :size]
+        case.index = padded.copy_(case.index)
+        assert_same(run(case), scores)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_invisible_pages_are_minus_infinity(device: str) -> None:
     case = build(Spec(lengths=(37, 0, 3), num_tokens=5, window=9), device)
     scores = run(case).cpu()
