@@ -1,5 +1,5 @@
 // Page scores of 16-bit inputs on tensor cores, for every rule but `minmax` (where a query's 0 meets no infinite bound,
-// which a product does not know). A warp takes 16 pages at a time as the rows of a product, and all heads
+// which a product does not know). A warp takes 16 or 32 pages at a time as the rows of products, and all heads
 // of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
 // its part of two products of 16 channels. Copies of the next entries are under way while the present ones are
@@ -19,20 +19,23 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kPages = 16;              // of a warp's tile
-constexpr int kStep = kWarps * kPages;  // pages between two tiles of a warp
-constexpr int kColumns = 8;             // query rows of a product
+constexpr int kProductPages = 16;
+constexpr int kColumns = 8;  // query rows of a product
 
 // Products side by side for several query tokens: query rows of a thread block / 8.
 template <int kSteps>
 constexpr int kMaxTiles = kSteps > 8 ? 2 : 8;
 
-// Tiles ahead: with these, no kernel needs more shared memory than every GPU of compute capability 8 has.
-template <int kSteps, int kTiles>
-constexpr int kStages = kSteps > 8 || kTiles > 1 ? 1 : 2;
-
+// What a warp takes at a time. With these stages, no kernel needs more shared memory than every GPU of compute capability
+// 8 has.
 template <typename Row, int kSteps, int kTiles>
-using Ring = EntryRing<Row, kPages, kStep, kStages<kSteps, kTiles>>;
+struct Cut {
+  static constexpr int kProducts = kTiles > 1 ? 1 : Row::kProducts;  // one below the other
+  static constexpr int kPages = kProducts * kProductPages;
+  static constexpr int kStep = kWarps * kPages;  // pages from a tile of a warp to its next
+  static constexpr int kStages = kSteps > 8 || kTiles > 1 ? 1 : 2;
+  using Ring = EntryRing<Row, kPages, kStep, kStages>;
+};
 
 template <Form kForm>
 constexpr int kOperands = kForm == Form::kVariance ? 2 : 1;  // of a query
@@ -50,7 +53,7 @@ struct alignas(16) Queries {
   static constexpr int kScores = kTiles > 1 ? kTiles * kColumns + 1 : 1;
   Operands<kForm> operand[kTiles][kSteps][kWarp];
   float norm[kTiles * kColumns];
-  float scores[kWarps][kPages][kScores];
+  float scores[kWarps][kProductPages][kScores];
 };
 
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
@@ -104,6 +107,7 @@ template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
     page_scores_mma_kernel(const PageScoresParams p, const ScoreGrid grid, const EntryPieces pieces) {
   wait_for_previous_kernel();
+  using C = Cut<Row, kSteps, kTiles>;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
   const ScoreTile tile = score_tile(p, grid);
@@ -116,51 +120,68 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   const int warp = threadIdx.x / kWarp;
   float c = static_cast<float>(p.spread);
   asm volatile("" : "+f"(c));  // or it is converted again for every tile
-  const int first = tile.page_begin + warp * kPages;
+  const int first = tile.page_begin + warp * C::kPages;
   __nv_bfloat16* out = score_row<__nv_bfloat16>(p, tile, 0);
 
   uint8_t* entries = reinterpret_cast<uint8_t*>(&shared + 1);
-  using WarpRing = Ring<Row, kSteps, kTiles>;
-  WarpRing ring(p, tile, pieces, entries + warp * WarpRing::bytes(p.head_dim), first);
+  typename C::Ring ring(p, tile, pieces, entries + warp * C::Ring::bytes(p.head_dim), first);
   if (!nothing) load_queries<T, Row>(shared, p, tile.b, tile.head, tile.token_begin, num_rows, group);
 
-  for (int base = first; base < tile.page_end; base += kStep) {
-    Row rows[2];
+  for (int base = first; base < tile.page_end; base += C::kStep) {
+    Row rows[C::kProducts][2];
     ring.wait();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half].load(ring.entry(lane / 4 + half * 8), p.head_dim);
+    for (int m = 0; m < C::kProducts; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[m][half].load(ring.entry(m * kProductPages + half * 8 + lane / 4), p.head_dim);
+      }
+    }
     ring.next();
-    const bool any = max(base, tile.first_page) < min(base + kPages, min(tile.last.end, tile.page_end));
-    float best[2] = {-INFINITY, -INFINITY};  // one tile: the maxima of the two rows
+    const bool any = max(base, tile.first_page) < min(base + C::kPages, min(tile.last.end, tile.page_end));
+    float best[C::kProducts][2];  // one tile of queries: the maxima of the rows
+#pragma unroll
+    for (int m = 0; m < C::kProducts; ++m) best[m][0] = best[m][1] = -INFINITY;
     if (any) {
-      rows[0].decode();
-      rows[1].decode();
-      unsigned mean[kSteps][4], var[kForm == Form::kVariance ? kSteps : 1][4];
+      unsigned mean[C::kProducts][kSteps][4], var[C::kProducts][kForm == Form::kVariance ? kSteps : 1][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
+      for (int m = 0; m < C::kProducts; ++m) {
+        rows[m][0].decode();
+        rows[m][1].decode();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          mean[step][i] = rows[i % 2].mean_pair(step, i / 2);
-          if constexpr (kForm == Form::kVariance) var[step][i] = rows[i % 2].var_pair(step, i / 2);
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            mean[m][step][i] = rows[m][i % 2].mean_pair(step, i / 2);
+            if constexpr (kForm == Form::kVariance) var[m][step][i] = rows[m][i % 2].var_pair(step, i / 2);
+          }
         }
       }
       for (int n = 0; n < (kTiles > 1 ? num_tiles : 1); ++n) {
-        float u[4] = {}, v[4] = {};
+        float u[C::kProducts][4] = {}, v[C::kProducts][4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const Operands<kForm> b = shared.operand[n][step][lane];
-          mma16816<T>(u, mean[step], b.q[0].x, b.q[0].y);
-          if constexpr (kForm == Form::kVariance) mma16816<__nv_bfloat16>(v, var[step], b.q[1].x, b.q[1].y);
+#pragma unroll
+          for (int m = 0; m < C::kProducts; ++m) {
+            mma16816<T>(u[m], mean[m][step], b.q[0].x, b.q[0].y);
+            if constexpr (kForm == Form::kVariance) mma16816<__nv_bfloat16>(v[m], var[m][step], b.q[1].x, b.q[1].y);
+          }
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = n * kColumns + lane % 4 * 2 + i % 2;
-          if constexpr (kForm == Form::kVariance) u[i] = fmaf(c, sqrt_fast(v[i]), u[i]);
-          if constexpr (kForm == Form::kUnique) u[i] = fmaf(c * shared.norm[row], rows[i / 2].scalar, u[i]);
-          if constexpr (kTiles > 1) shared.scores[warp][lane / 4 + i / 2 * 8][row] = u[i];
+        for (int m = 0; m < C::kProducts; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = n * kColumns + lane % 4 * 2 + i % 2;
+            if constexpr (kForm == Form::kVariance) u[m][i] = fmaf(c, sqrt_fast(v[m][i]), u[m][i]);
+            if constexpr (kForm == Form::kUnique) {
+              u[m][i] = fmaf(c * shared.norm[row], rows[m][i / 2].scalar, u[m][i]);
+            }
+            if constexpr (kTiles > 1) shared.scores[warp][lane / 4 + i / 2 * 8][row] = u[m][i];
+          }
+          best[m][0] = max_or_nan(u[m][0], u[m][1]);
+          best[m][1] = max_or_nan(u[m][2], u[m][3]);
         }
-        best[0] = max_or_nan(u[0], u[1]);
-        best[1] = max_or_nan(u[2], u[3]);
       }
     } else if (!p.fill_outside) {
       continue;
@@ -169,26 +190,32 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
     if constexpr (kTiles == 1) {
       const auto with_lane = [&](int other) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          best[half] = max_or_nan(best[half], __shfl_xor_sync(kFullMask, best[half], other));
+        for (int m = 0; m < C::kProducts; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            best[m][half] = max_or_nan(best[m][half], __shfl_xor_sync(kFullMask, best[m][half], other));
+          }
         }
       };
       with_lane(1);
       if (group > 4) with_lane(2);  // else two lanes, 4 neighbouring columns, have seen all heads
+      // Each lane of a quad writes one of its pages, if it has so many.
       const int page = base + lane / 4 + lane % 4 * 8;
       const bool visible = page >= tile.first_page && page < tile.last.end;
-      if (lane % 4 < 2 && page < tile.page_end && (visible || p.fill_outside)) {
-        out[page] = __float2bfloat16_rn(!visible ? -INFINITY : lane % 4 == 0 ? best[0] : best[1]);
+      if (lane % 4 < C::kProducts * 2 && page < tile.page_end && (visible || p.fill_outside)) {
+        const auto pick = [&](int m) { return lane % 2 == 0 ? best[m][0] : best[m][1]; };
+        const float score = C::kProducts == 1 || lane % 4 < 2 ? pick(0) : pick(C::kProducts - 1);
+        out[page] = __float2bfloat16_rn(visible ? score : -INFINITY);
       }
     } else {
       __syncwarp();
-      for (int i = lane; i < tile.num_tokens * kPages; i += kWarp) {
-        const int token = i / kPages;
-        const int page = base + i % kPages;
+      for (int i = lane; i < tile.num_tokens * kProductPages; i += kWarp) {
+        const int token = i / kProductPages;
+        const int page = base + i % kProductPages;
         if (page >= tile.page_end) continue;
         float most = -INFINITY;
         if (any) {
-          const float* scores = shared.scores[warp][i % kPages] + token * group;
+          const float* scores = shared.scores[warp][i % kProductPages] + token * group;
           for (int g = 0; g < group; ++g) most = max_or_nan(most, scores[g]);
         }
         store_score<__nv_bfloat16>(p, tile, token, page, most);
@@ -200,15 +227,15 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
 cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
+  using C = Cut<Row, kSteps, kTiles>;
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
-  const EntryPieces pieces = entry_pieces(p, kPages, kStep);
-  constexpr int kBytes =
-      sizeof(Queries<kForm, kSteps, kTiles>) + kWarps * Ring<Row, kSteps, kTiles>::bytes(Row::kHeadDim);
+  const EntryPieces pieces = entry_pieces(p, C::kPages, C::kStep);
+  constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>) + kWarps * C::Ring::bytes(Row::kHeadDim);
   static_assert(kBytes <= 99 * 1024, "what every GPU of compute capability 8 has");
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   static const int resident = resident_blocks(kernel, kThreads, kBytes);
-  const ScoreGrid grid = plan_score_grid(p, tokens, kStep, resident * num_sms);
+  const ScoreGrid grid = plan_score_grid(p, tokens, C::kStep, resident * num_sms);
   return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid, pieces);
 }
 

@@ -68,6 +68,7 @@ template <typename T, Form kForm, int kSteps>
 struct ExactRow {
   static constexpr int kHeadDim = kSteps * 16;  // at most
   static constexpr int kChunks = kSteps / 2;
+  static constexpr int kProducts = 1;
   static constexpr int kResident = kSteps > 8 ? 1 : 3;
   static UA_HD constexpr int entry_bytes(int head_dim) {
     return (kForm == Form::kVariance ? 2 : 1) * head_dim * static_cast<int>(sizeof(T)) +
@@ -113,7 +114,8 @@ struct CompressedRow {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kChunks = kSteps / 2;
   static constexpr int kGroups = kSteps > 8 ? kSteps / 8 : 1;  // of a lane
-  static constexpr int kResident = kSteps > 8 ? 1 : 7;
+  static constexpr int kProducts = kSteps > 4 ? 1 : 2;
+  static constexpr int kResident = kSteps > 8 ? 1 : kSteps > 4 ? 7 : 5;
   static UA_HD constexpr int entry_bytes(int) {
     return 16 * kGroups + kHeadDim / 2 + (kForm == Form::kVariance ? kHeadDim / 4 : 0);
   }
