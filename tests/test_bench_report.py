@@ -57,6 +57,7 @@ def test_no_gpu_results_no_blocks(results: dict[str, dict[str, Any]]):
 
 def test_tables(results: dict[str, dict[str, Any]]):
     blocks = _tables.blocks(list(results.values()))
+    assert blocks.pop("decode shapes gpu") == ""
     assert all("NVIDIA H100 80GB HBM3 (driver 580.1" in block for block in blocks.values())
     case = results["decode"]["cases"][-1]
     assert case["options"]["batch"] == 2
@@ -91,6 +92,22 @@ def test_a_second_storage_of_the_index_has_its_own_lines(results: dict[str, dict
     assert "| small | 128 | 8 | 1 |" in block
     lines = _charts.figures([both])["decode_speed_h100.png"].data["lines"]
     assert set(lines) == {"batch 1", "batch 2", "batch 1, small", "batch 2, small"}
+
+
+def test_more_results_of_a_gpu_share_a_table(results: dict[str, dict[str, Any]]):
+    first = results["decode"]
+
+    def again(page_size: int, **environment: str) -> dict[str, Any]:
+        cases = [{**case, "options": {**case["options"], "page_size": page_size}} for case in first["cases"]]
+        return {**first, "cases": cases, "environment": {**first["environment"], **environment}}
+
+    blocks = _tables.blocks([first, again(16), again(4), again(32, device="NVIDIA H200")])
+    assert "| 128 | 16 |" not in blocks["decode results gpu"]
+    assert blocks["decode results gpu"].count("One decode step") == 2
+    shapes = blocks["decode shapes gpu"]
+    assert shapes.startswith("`unique_decode` at other shapes on NVIDIA H100 80GB HBM3")
+    assert "H200" not in shapes
+    assert 0 < shapes.index("| 128 | 4 | 1 |") < shapes.index("| 128 | 4 | 2 |") < shapes.index("| 128 | 16 | 1 |")
 
 
 def test_several_rules_have_their_own_lines(results: dict[str, dict[str, Any]]):

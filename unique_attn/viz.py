@@ -289,7 +289,7 @@ def plot_lengths(
 
     Args:
         lengths: tokens, ascending.
-        lines: a value for each length; NaN leaves a gap, but not all of a line are NaN.
+        lines: a value for each length, NaN where there is none (not in all places of a line).
         path: file to write.
         title: the heading.
         subtitle: a smaller line below it.
@@ -307,7 +307,9 @@ def plot_lengths(
     ax = figure.add_axes((0.09, 0.12, min(0.66, 0.91 - names_width), 0.68))
     measured = {name: [value for value in values if not math.isnan(value)] for name, values in lines.items()}
     for i, (name, values) in enumerate(lines.items()):
-        ax.plot(lengths, values, color=HEADS[i % len(HEADS)], marker="o", markersize=4, linewidth=1.8, label=name)
+        points = [(length, value) for length, value in zip(lengths, values) if not math.isnan(value)]
+        style: dict[str, Any] = {"color": HEADS[i % len(HEADS)], "linestyle": "-" if i < len(HEADS) else "--"}
+        ax.plot(*zip(*points), marker="o", markersize=4, linewidth=1.8, label=name, **style)
     if logarithmic:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -329,7 +331,7 @@ def plot_lengths(
     order = sorted(range(len(names)), key=lambda i: -measured[names[i]][-1])
     ax.legend(
         [handles[i] for i in order], [names[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5),
-        frameon=False, fontsize=9, labelcolor=INK,
+        frameon=False, fontsize=9, labelcolor=INK, handlelength=2.8,
     )  # fmt: skip
     figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")

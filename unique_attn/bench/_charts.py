@@ -53,7 +53,7 @@ def _decode_cases(results: Sequence[Result]) -> list[Mapping[str, Any]]:
 
 
 def _over_contexts(lines: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | None:
-    """The lines of two contexts and more, over all of those, with gaps where one was not measured; None without any."""
+    """The lines of two contexts and more, over all of those, NaN where one was not measured; None without any."""
     lines = {name: line for name, line in lines.items() if len(line) > 1}
     lengths = sorted({length for line in lines.values() for length in line})
     if not lines:
@@ -107,6 +107,8 @@ def _latency(results: Sequence[Result], device: str) -> Figure | None:
 
 
 def _roofline(results: Sequence[Result], device: str) -> Figure | None:
+    if all(result["bench"] != "decode" for result in results):
+        return None
     points: dict[str, list[tuple[float, float]]] = {}
     ceilings = []
     for result in results:

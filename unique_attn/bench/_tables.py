@@ -108,15 +108,23 @@ def _ceiling(result: Result) -> str:
 # ---- One block each. ----
 
 
-def decode(results: Sequence[Result]) -> str:
-    """``bench decode`` on a GPU: time, share of the ceiling, ratio to the best dense peer."""
+def _decode_cell(case: Case) -> str:
+    text = share(case["unique_decode"])
+    return f"{text}, **{case['speedup']:.1f}x**" if case.get("speedup") else text
 
-    def cell(case: Case) -> str:
-        text = share(case["unique_decode"])
-        return f"{text}, **{case['speedup']:.1f}x**" if case.get("speedup") else text
 
-    parts = []
+def _decode_results(results: Sequence[Result]) -> dict[str, list[tuple[Result, list[dict[str, Any]]]]]:
+    """Results of ``bench decode`` by GPU."""
+    found: dict[str, list[tuple[Result, list[dict[str, Any]]]]] = {}
     for result, cases in measured(results, "decode", "unique_decode"):
+        found.setdefault(result["environment"]["device"], []).append((result, cases))
+    return found
+
+
+def decode(results: Sequence[Result]) -> str:
+    """The first result of ``bench decode`` of a GPU: time, share of the ceiling, ratio to the best dense peer."""
+    parts = []
+    for (result, cases), *_ in _decode_results(results).values():
         o = cases[0]["options"]
         rules = {case["options"]["rule"] for case in cases}
         rule = f"`{o['rule']}`, " if len(rules) == 1 else ""
@@ -128,9 +136,24 @@ def decode(results: Sequence[Result]) -> str:
             f"{o['budget']} tokens of the context: time of `unique_decode`, share of the measured read bandwidth "
             f"({_ceiling(result)}) that the bytes of index and selected keys and values take, and how many times "
             f"faster than dense attention, the fastest way of {peer}, in the same run. CUDA graphs, cold caches, "
-            f"medians.\n\n" + pivot(cases, ("head_dim", "page_size", "batch"), "context", cell)
+            f"medians.\n\n" + pivot(cases, ("head_dim", "page_size", "batch"), "context", _decode_cell)
         )
     return "\n".join([*parts, *_images(results, ("decode_speed", "batch1_latency", "roofline"))])
+
+
+def decode_shapes(results: Sequence[Result]) -> str:
+    """The other results of ``bench decode`` of a GPU, in one table: what a cell compares is of one run."""
+    parts = []
+    for device, (_, *others) in _decode_results(results).items():
+        cases = [case for _, found in others for case in found]
+        if cases:
+            cases.sort(key=lambda case: [case["options"][name] for name in ("head_dim", "page_size", "batch")])
+            rows = ("head_dim", "page_size", "batch")
+            parts.append(
+                f"`unique_decode` at other shapes on {device}: what a cell says is as in the first table of it.\n\n"
+                + pivot(cases, rows, "context", _decode_cell)
+            )
+    return "\n".join(parts)
 
 
 def scores(results: Sequence[Result]) -> str:
@@ -245,10 +268,11 @@ def model(results: Sequence[Result]) -> str:
             + [_model_cell(case, group) for group in groups]
             for case in cases
         ]
+        fused = "; norms, rotation and MLPs fused by `torch.compile`" if all(c["compiled"] for c in cases) else ""
         parts.append(
             f"One decode step of a whole model on {_machine(result)}: transformers' Llama with {o['layers']} layers, "
             f"{o['heads']} heads, D={o['head_dim']}, hidden {o['hidden']}, MLP {o['mlp']}, vocabulary {o['vocab']}, "
-            f"{o['dtype']}, random weights, captured in a CUDA graph with append, logits and greedy sampling; "
+            f"{o['dtype']}, random weights{fused}, captured in a CUDA graph with append, logits and greedy sampling; "
             f"`{o['rule']}`, {o['budget']} tokens in pages of {o['page_size']}. Median time, tokens/s, peak memory and "
             "how many times faster than the fastest dense side, in the same run, with the same weights and the same "
             "code outside attention.\n\n" + table(["batch", "context", *names], rows)
@@ -280,6 +304,7 @@ def _images(results: Sequence[Result], names: Sequence[str]) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "decode results gpu": decode,
+    "decode shapes gpu": decode_shapes,
     "model results": model,
     "index results": index,
     "scores results": scores,

@@ -218,7 +218,7 @@ def compiled(model: Any) -> Iterator[None]:
     for module in model.modules():
         if type(module).__name__.endswith(("RMSNorm", "MLP")):
             module.compile(dynamic=False)
-    modeling = sys.modules[type(model).__module__]
+    modeling: Any = sys.modules[type(model).__module__]
     eager = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = torch.compile(eager, dynamic=False)
     try:
