@@ -39,8 +39,10 @@ constexpr size_t kScalarBytes = 16;
 
 constexpr int kOutlierCode = -8;
 
-UA_HD int group_channels(int head_dim) { return head_dim <= 64 ? 16 : 32; }
-UA_HD int num_groups(int head_dim) { return (head_dim + group_channels(head_dim) - 1) / group_channels(head_dim); }
+UA_HD constexpr int group_channels(int head_dim) { return head_dim <= 64 ? 16 : 32; }
+UA_HD constexpr int num_groups(int head_dim) {
+  return (head_dim + group_channels(head_dim) - 1) / group_channels(head_dim);
+}
 
 // An 8-bit float is the upper half of a positive fp16 without its sign bit: 5 bits of exponent, 3 of fraction.
 struct GroupScales {
@@ -50,8 +52,8 @@ struct GroupScales {
 };
 static_assert(sizeof(GroupScales) == 4, "the entry's layout");
 
-UA_HD int means_offset(int head_dim) { return num_groups(head_dim) * static_cast<int>(sizeof(GroupScales)); }
-UA_HD int spreads_offset(int head_dim) { return means_offset(head_dim) + head_dim / 2; }
+UA_HD constexpr int means_offset(int head_dim) { return num_groups(head_dim) * static_cast<int>(sizeof(GroupScales)); }
+UA_HD constexpr int spreads_offset(int head_dim) { return means_offset(head_dim) + head_dim / 2; }
 
 UA_HD float decode_float8(uint8_t code) { return to_scalar(F16{static_cast<uint16_t>(code << 7)}); }
 
@@ -110,10 +112,10 @@ UA_HD GroupScales group_scales(bool finite, float outlier, float rest, float spr
 
 // ---- Sizes. ----
 
-UA_HD int rule_vectors(Rule rule) { return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1; }
+UA_HD constexpr int rule_vectors(Rule rule) { return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1; }
 
 // Bytes of an entry; `dtype` is that of the keys. The compressed format has no entry for `minmax`.
-UA_HD size_t index_entry_bytes(Rule rule, IndexFormat format, DType dtype, int head_dim) {
+UA_HD constexpr size_t index_entry_bytes(Rule rule, IndexFormat format, DType dtype, int head_dim) {
   if (format == IndexFormat::kExact) {
     return rule_vectors(rule) * head_dim * dtype_size(dtype) + (rule == Rule::kUnique ? kScalarBytes : 0);
   }

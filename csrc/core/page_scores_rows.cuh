@@ -14,6 +14,11 @@ enum class Form {
   kVariance,  // u + c * sqrt(v): `directional`
 };
 
+template <Form kForm>
+constexpr Rule kRule = kForm == Form::kMean     ? Rule::kMean
+                       : kForm == Form::kUnique ? Rule::kUnique
+                                                : Rule::kDirectional;
+
 __device__ __forceinline__ __nv_bfloat162 as_pair(unsigned word) {
   return *reinterpret_cast<const __nv_bfloat162*>(&word);
 }
@@ -72,8 +77,8 @@ struct ExactRow {
   static constexpr int kProducts = 1;
   static constexpr int kResident = kSteps > 8 ? 1 : 3;
   static UA_HD constexpr int entry_bytes(int head_dim) {
-    return (kForm == Form::kVariance ? 2 : 1) * head_dim * static_cast<int>(sizeof(T)) +
-           (kForm == Form::kUnique ? static_cast<int>(kScalarBytes) : 0);
+    constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+    return static_cast<int>(index_entry_bytes(kRule<kForm>, IndexFormat::kExact, kDType, head_dim));
   }
   unsigned mean[kChunks][4], std[kForm == Form::kVariance ? kChunks : 1][4];
   float scalar;  // `unique`
@@ -118,7 +123,7 @@ struct CompressedRow {
   static constexpr int kProducts = kSteps > 4 ? 1 : 2;
   static constexpr int kResident = kSteps > 8 ? 1 : kSteps > 4 ? 7 : 5;
   static UA_HD constexpr int entry_bytes(int) {
-    return 16 * kGroups + kHeadDim / 2 + (kForm == Form::kVariance ? kHeadDim / 4 : 0);
+    return static_cast<int>(index_entry_bytes(kRule<kForm>, IndexFormat::kCompressed, DType::kBFloat16, kHeadDim));
   }
   unsigned means[kChunks];                                      // 8 codes of 4 bits
   unsigned spreads[kForm == Form::kVariance ? kSteps / 4 : 1];  // 16 codes of 2 bits

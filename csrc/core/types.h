@@ -28,7 +28,9 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxPageSize = 64;
 constexpr int kMaxSelectedPages = 4096;
 
-UA_HD size_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+UA_HD constexpr size_t dtype_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // A strided view [B, T, heads, D]; the channel stride is 1. Strides are in elements.
 struct TokenView {
