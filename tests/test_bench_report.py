@@ -110,6 +110,14 @@ def test_more_results_of_a_gpu_share_a_table(results: dict[str, dict[str, Any]])
     assert 0 < shapes.index("| 128 | 4 | 1 |") < shapes.index("| 128 | 4 | 2 |") < shapes.index("| 128 | 16 | 1 |")
 
 
+def test_all_dense_peers_are_named(results: dict[str, dict[str, Any]]):
+    result = {**results["decode"], "peers": {"flashinfer": "1.2"}}
+    assert "the fastest way of SDPA, in" in _tables.decode([result])
+    for case_of, here in ((("sdpa", "sdpa"), " (here SDPA)"), (("sdpa", "flashinfer"), "")):
+        cases = [{**case, "flashinfer": case["sdpa"], "peer": best} for case, best in zip(result["cases"], case_of * 2)]
+        assert f"the fastest way of FlashInfer 1.2 and SDPA{here}, in" in _tables.decode([{**result, "cases": cases}])
+
+
 def test_several_rules_have_their_own_lines(results: dict[str, dict[str, Any]]):
     result = results["decode"]
     other = [{**case, "options": {**case["options"], "rule": "unique"}} for case in result["cases"]]

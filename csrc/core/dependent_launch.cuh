@@ -1,5 +1,6 @@
 // Launches whose start overlaps the end of the kernel before (programmatic dependent launch, Hopper): thread blocks may
-// start while the other kernel's last ones run, and wait where they begin to use memory. docs/kernels.md has what a chain gains.
+// start while the other kernel's last ones run, and wait where they begin to use memory. docs/kernels.md has what a chain
+// gains.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -29,7 +29,7 @@ inline EntryPieces entry_pieces(const PageScoresParams& p, int tile_pages, int s
   return pieces;
 }
 
-// Tiles of kPages pages, a power of 2 from 4 to 32, each kStep pages after the one before.
+// Tiles of 16 or 32 pages, each kStep pages after the one before.
 template <typename Row, int kPages, int kStep, int kStages>
 class EntryRing {
  public:
@@ -80,8 +80,9 @@ class EntryRing {
   }
 
  private:
-  static constexpr int kLanesLog2 = kPages == 32 ? 0 : kPages == 16 ? 1 : kPages == 8 ? 2 : 3;  // lanes per page
-  static constexpr int kChunkLog2 = 4, kChunk = 1 << kChunkLog2;                                // bytes of a copy
+  static_assert(kPages == 16 || kPages == 32, "a page has one lane or two");
+  static constexpr int kLanesLog2 = kPages == 32 ? 0 : 1;
+  static constexpr int kChunkLog2 = 4, kChunk = 1 << kChunkLog2;  // bytes of a copy
   static constexpr int kMaxBytes = kPages * Row::entry_bytes(Row::kHeadDim);
   static constexpr int kCopies = (kMaxBytes + kWarp * kChunk - 1) / (kWarp * kChunk);  // of a lane
 

@@ -121,6 +121,15 @@ def _decode_results(results: Sequence[Result]) -> dict[str, list[tuple[Result, l
     return found
 
 
+def _dense_peers(result: Result, cases: Sequence[Case]) -> str:
+    """What was timed beside ``unique_decode``, and which of several was the fastest everywhere."""
+    names = [name for name in ("flashinfer", "sdpa") if any("median_ms" in case.get(name, {}) for case in cases)]
+    labels = {**PEERS, "flashinfer": f"{PEERS['flashinfer']} {result.get('peers', {}).get('flashinfer', '')}".strip()}
+    best = {case.get("peer") for case in cases}
+    here = f" (here {labels[names[0] if names[0] in best else names[1]]})" if len(names) == 2 and len(best) == 1 else ""
+    return (" and ".join(labels[name] for name in names) or "nothing") + here
+
+
 def decode(results: Sequence[Result]) -> str:
     """The first result of ``bench decode`` of a GPU: time, share of the ceiling, ratio to the best dense peer."""
     parts = []
@@ -128,15 +137,13 @@ def decode(results: Sequence[Result]) -> str:
         o = cases[0]["options"]
         rules = {case["options"]["rule"] for case in cases}
         rule = f"`{o['rule']}`, " if len(rules) == 1 else ""
-        names = sorted({PEERS[case["peer"]] for case in cases if case.get("peer")})
-        version = result.get("peers", {}).get("flashinfer", "")
-        peer = " or ".join(names).replace("FlashInfer", f"FlashInfer {version}") if names else "nothing"
         parts.append(
             f"One decode step of one layer on {_machine(result)}, {o['heads']} heads, {o['dtype']}, {rule}"
             f"{o['budget']} tokens of the context: time of `unique_decode`, share of the measured read bandwidth "
             f"({_ceiling(result)}) that the bytes of index and selected keys and values take, and how many times "
-            f"faster than dense attention, the fastest way of {peer}, in the same run. CUDA graphs, cold caches, "
-            f"medians.\n\n" + pivot(cases, ("head_dim", "page_size", "batch"), "context", _decode_cell)
+            f"faster than dense attention, the fastest way of {_dense_peers(result, cases)}, in the same run. CUDA "
+            f"graphs, cold caches, medians.\n\n"
+            + pivot(cases, ("head_dim", "page_size", "batch"), "context", _decode_cell)
         )
     return "\n".join([*parts, *_images(results, ("decode_speed", "batch1_latency", "roofline"))])
 
