@@ -16,10 +16,11 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache, LlamaConfig
 
 from unique_attn import UniqueCache, UniqueConfig, reference
-from unique_attn.cache import Call, UniqueLayer, adopt
-from unique_attn.decode import LayerPages, OutOfStepError, PagedTable, unsupported
+from unique_attn.hf.cache import UniqueLayer, adopt
 from unique_attn.hf.compat import cropped_length
-from unique_attn.hf.masks import causal_mask, left_padding, shows_padding
+from unique_attn.hf.handover import CachedTensor, handed_over, whole
+from unique_attn.hf.masks import causal_mask, left_padding, shows_padding, visible
+from unique_attn.paging import LayerPages, OutOfStepError, PagedTable, unsupported
 
 HEADS, DIM, LAYERS = 2, 8, 2
 CONFIG = UniqueConfig(page_size=4, budget=64, block_size=8, dense_below=0, max_decode_tokens=5)
@@ -29,28 +30,36 @@ def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, HEADS, tokens, DIM), torch.randn(batch, HEADS, tokens, DIM)
 
 
-def feed(cache, batch, tokens, *, padding=None, announce=True):
+def feed(cache, batch, tokens, *, padding=None, attend=True):
     """Update every layer as a model would; returns what was fed in. Decode steps attend."""
     fed = []
     for layer_idx in range(LAYERS):
         k, v = states(batch, tokens)
         fed.append((k, v))
         length = cache.get_seq_length(layer_idx) + tokens
-        layer = adopt(cache, layer_idx, CONFIG)
         mask = causal_mask(torch.tensor(padding), tokens, length) if padding and any(padding) else None
-        if announce:
-            layer.announce(Call(mask, None))
-        keys, values = cache.update(k, v, layer_idx)
-        if layer.awaits_decode:
-            assert keys is k
-            assert values is v
-            out, lse, pages = layer.decode(torch.randn(batch, tokens, 2 * HEADS, DIM), None)
-            assert out.shape == (batch, tokens, 2 * HEADS, DIM)
-            assert lse.shape == out.shape[:3]
-            assert pages.shape == (batch, tokens, HEADS, layer.state.config.num_pages)
-        else:
-            assert keys.shape[2] == length
+        given = cache.update(k, v, layer_idx)
+        assert given[0].shape == given[1].shape == (batch, HEADS, length, DIM)
+        assert cache.get_seq_length(layer_idx) == length
+        if attend:
+            attend_to(given, mask)
     return fed
+
+
+def attend_to(given, mask=None):
+    """What the attention function does with what ``update`` returned: True if it was attended to on pages."""
+    layer, step = handed_over(*given)
+    batch, _, tokens, _ = step.k.shape
+    query = torch.randn(batch, 2 * HEADS, tokens, DIM)
+    refusal = layer.refuses(step, query, mask)
+    if refusal is not None:
+        assert whole(given[0], refusal).shape == given[0].shape
+        return False
+    out, lse, pages = layer.decode(step, query, None)
+    assert out.shape == (batch, tokens, 2 * HEADS, DIM)
+    assert lse.shape == out.shape[:3]
+    assert pages.shape == (batch, tokens, HEADS, layer.config.num_pages)
+    return True
 
 
 def paged_cache(batch=2, length=11, padding=None, config=CONFIG) -> UniqueCache:
@@ -88,7 +97,7 @@ operations = st.one_of(
     st.tuples(st.just("reorder"), st.lists(st.integers(0, 99), min_size=4, max_size=4)),
     st.tuples(st.just("select"), st.lists(st.integers(0, 99), min_size=1, max_size=3)),
     st.tuples(st.just("repeat"), st.integers(1, 2)),
-    st.tuples(st.just("unannounced"), st.integers(1, 3)),
+    st.tuples(st.just("unattended"), st.integers(1, 3)),
     st.tuples(st.just("fork"), st.just(0)),
     st.tuples(st.just("reset"), st.just(0)),
 )
@@ -103,8 +112,8 @@ def test_contents_equal_a_dynamic_cache(ops, length, padding):
     padding = [min(pad, length - 1) for pad in padding]
     forks = []
 
-    def update(tokens, announce=True):
-        fed = feed(cache, len(padding), tokens, padding=padding, announce=announce)
+    def update(tokens, attend=True):
+        fed = feed(cache, len(padding), tokens, padding=padding, attend=attend)
         for layer_idx, (k, v) in enumerate(fed):
             stock.update(k, v, layer_idx)
 
@@ -112,8 +121,8 @@ def test_contents_equal_a_dynamic_cache(ops, length, padding):
     for name, argument in ops:
         if name == "feed":
             update(argument)
-        elif name == "unannounced":
-            update(argument, announce=False)
+        elif name == "unattended":
+            update(argument, attend=False)
         elif name == "crop":
             left = max(max(padding) + 1, stock.get_seq_length() - argument)
             if left < stock.get_seq_length():  # crop(0) is a matter of the version
@@ -154,17 +163,78 @@ def test_contents_equal_a_dynamic_cache(ops, length, padding):
             assert torch.equal(layer.keys, expected)
 
 
-def test_pages_are_entered_by_the_first_announced_step():
+def test_pages_are_entered_by_the_first_step_that_is_attended_to():
     cache = UniqueCache(UniqueConfig(page_size=4, budget=12, block_size=8))
     feed(cache, 1, 8)
-    feed(cache, 1, 1, announce=False)
+    feed(cache, 1, 1, attend=False)
     feed(cache, 1, 2)
     assert not any(layer.on_pages for layer in cache.layers)
     feed(cache, 1, 1)  # the context is as long as the budget
     assert all(layer.on_pages for layer in cache.layers)
     assert cache.layers[0]._keys is None
-    feed(cache, 1, 1, announce=False)
-    assert not any(layer.on_pages for layer in cache.layers)
+    feed(cache, 1, 1, attend=False)
+    assert all(layer.on_pages for layer in cache.layers)
+
+
+# ---- What update returns. ----
+
+
+@pytest.mark.parametrize("on_pages", [False, True])
+def test_reading_what_update_returned_gives_all_keys_and_keeps_the_layer_dense(on_pages):
+    cache, stock = UniqueCache(CONFIG), DynamicCache()
+    for tokens in (9, 1, 1) if on_pages else (9,):
+        for layer_idx, (k, v) in enumerate(feed(cache, 2, tokens)):
+            stock.update(k, v, layer_idx)
+    assert cache.layers[0].on_pages == on_pages
+    k, v = states(2, 1)
+    keys, values = cache.update(k, v, 0)
+    expected = stock.update(k, v, 0)
+    assert type(keys) is CachedTensor
+    assert (keys.shape, keys.dtype, keys.device, keys.dim()) == (expected[0].shape, k.dtype, k.device, 4)
+    assert "keys, shape=" in repr(keys)
+    assert cache.layers[0].on_pages == on_pages  # looking at shapes reads nothing
+    query = torch.randn(2, HEADS, 1, DIM)
+    assert torch.equal(query @ keys.mT, query @ expected[0].mT)
+    assert torch.equal(torch.nn.functional.pad(values[:, :, 1:] * 2, (0, 1)),
+                       torch.nn.functional.pad(expected[1][:, :, 1:] * 2, (0, 1)))  # fmt: skip
+    assert type(keys + 0) is torch.Tensor
+    assert not attend_to((keys, values))
+    assert not cache.layers[0].on_pages
+    feed(cache, 2, 1)
+    assert [layer.on_pages for layer in cache.layers] == [False, True]
+    cache.reset()
+    feed(cache, 2, 9)
+    feed(cache, 2, 1)
+    assert all(layer.on_pages for layer in cache.layers)
+
+
+def test_keys_and_values_of_different_updates_do_not_go_together():
+    cache = paged_cache()
+    (k0, v0), (k1, v1) = (cache.update(*states(2, 1), layer_idx) for layer_idx in range(2))
+    for pair in ((k0, v1), (v0, k0), (k0, k0), (k0, v1 + 0)):
+        assert handed_over(*pair) is None
+    assert handed_over(k1, v1)[0] is cache.layers[1]
+
+
+def test_keys_of_a_step_can_be_read_after_it_was_attended_to_but_not_after_the_next():
+    cache = paged_cache()
+    given = cache.update(*states(2, 1), 0)
+    assert attend_to(given)
+    late = cache.update(*states(2, 1), 1)
+    assert torch.equal(given[0] + 0, cache.layers[0].keys)  # as layers that share keys do
+    assert not cache.layers[0].on_pages
+    cache.update(*states(2, 1), 1)
+    with pytest.raises(OutOfStepError, match="keys of 12 tokens were read after the cache went on"):
+        late[0] + 0
+
+
+def test_copies_of_what_update_returned_are_plain_tensors():
+    for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        cache = paged_cache()
+        keys, _ = cache.update(*states(2, 1), 0)
+        twin = clone(keys)
+        assert type(twin) is torch.Tensor
+        assert torch.equal(twin, cache.layers[0].keys)
 
 
 def test_context_below_dense_below_leaves_pages():
@@ -265,10 +335,7 @@ def test_reset_is_empty():
 
 def test_interrupted_forward_is_noticed():
     cache = paged_cache()
-    layer = cache.layers[0]
-    layer.announce(Call(None, None))
-    cache.update(*states(2, 1), 0)  # and layer 1 never hears of it
-    layer.decode(torch.randn(2, 1, 2, DIM), None)
+    attend_to(cache.update(*states(2, 1), 0))  # and layer 1 never hears of it
     with pytest.raises(OutOfStepError, match=r"reset\(\) the cache"):
         feed(cache, 2, 1)
     cache.reset()
@@ -287,12 +354,10 @@ def test_layer_that_joins_late():
     cache, stock = UniqueCache(CONFIG), DynamicCache()
     for step, tokens in enumerate((10, 1, 1, 2)):
         for layer_idx, (k, v) in enumerate(states(2, tokens) for _ in range(LAYERS)):
-            layer = adopt(cache, layer_idx, CONFIG)
-            layer.announce(Call(None, "not yet" if layer_idx == 1 and step < 2 else None))
-            cache.update(k, v, layer_idx)
+            given = cache.update(k, v, layer_idx)
             stock.update(k, v, layer_idx)
-            if layer.awaits_decode:
-                layer.decode(torch.randn(2, tokens, 2, DIM), None)
+            if layer_idx == 0 or step > 1:
+                attend_to(given)
     for layer, expected in zip(cache.layers, stock.layers):
         assert layer.on_pages
         assert torch.equal(layer.keys, expected.keys)
@@ -303,12 +368,12 @@ def test_new_tokens_that_nobody_attended_to_are_kept():
     cache = paged_cache()
     k, v = states(2, 1)
     for layer_idx, layer in enumerate(cache.layers):
-        layer.announce(Call(None, None))
         cache.update(k, v, layer_idx)
-        assert layer.awaits_decode
+        assert layer._step is not None
         assert torch.equal(layer.keys[:, :, -1:], k)
         assert torch.equal(layer.values[:, :, -1:], v)
-        assert not layer.awaits_decode
+        assert layer._step is None
+        assert layer.on_pages
 
 
 def test_setting_keys_leaves_pages():
@@ -324,12 +389,19 @@ def test_adoption_keeps_the_object_and_its_contents():
     cache = DynamicCache()
     k, v = states(2, 5)
     cache.update(k, v, 0)
-    layer = adopt(cache, 0, CONFIG)
-    assert cache.layers[0] is layer
+    adopt(cache, CONFIG)
+    layer = cache.layers[0]
+    assert type(layer) is UniqueLayer
     assert torch.equal(layer.keys, k)
-    assert adopt(cache, 0, CONFIG) is layer
-    assert adopt(cache, 1, CONFIG).state is layer.state
-    assert adopt(None, 0, CONFIG) is None
+    adopt(cache, UniqueConfig())
+    assert cache.layers[0] is layer
+    cache.update(k, v, 1)  # a layer that did not exist before
+    assert cache.layers[1].state is layer.state
+    assert layer.config is CONFIG
+    empty = DynamicCache()
+    adopt(empty, CONFIG, empty=False)
+    empty.update(k, v, 0)
+    assert type(empty.layers[0]) is not UniqueLayer
 
 
 def test_arguments():
@@ -360,7 +432,14 @@ def test_masks():
     assert left_padding(holes, 2, 1, 9) is None
     assert left_padding(causal_mask(torch.tensor([0, 9]), 1, 9), 2, 1, 9) is None  # hides the new token
     assert left_padding(causal_mask(padding, 1, 8), 2, 1, 9) is None
-    assert left_padding(causal_mask(padding, 1, 9).float(), 2, 1, 9) is None
+    additive = torch.where(causal_mask(padding, 4, 9), 0.0, torch.finfo(torch.float32).min)
+    assert left_padding(additive, 2, 4, 9) == [0, 3]
+    assert left_padding(additive.masked_fill(additive < 0, -torch.inf), 2, 4, 9) == [0, 3]
+    assert left_padding(additive - 0.5, 2, 4, 9) is None  # a bias
+    assert left_padding(torch.where(additive < 0, additive, -0.5), 2, 4, 9) is None
+    assert left_padding(torch.where(additive < 0, -1e4, 0.0), 2, 4, 9) is None
+    assert bool(visible(additive)[1])
+    assert left_padding(causal_mask(padding, 1, 9).long(), 2, 1, 9) is None
     assert not shows_padding(holes, padding)
     assert shows_padding(None, padding)
     assert shows_padding(torch.zeros(2, 1, 1, 9), padding)  # additive
@@ -370,15 +449,16 @@ def test_masks():
 def test_table_refuses_what_is_out_of_step():
     table = PagedTable.create(5, [0, 2], block_size=4)
     assert (table.length, table.lengths) == (5, [5, 3])
-    change = table.append(0, 2)
-    assert table.append(0, 2) is change  # the next layer
+    table.append(0, 2)
+    table.append(0, 2)  # the next layer
+    assert (table.length, table.version) == (7, 1)
     with pytest.raises(OutOfStepError):
         table.append(0, 3)
     with pytest.raises(OutOfStepError):
         table.truncate(0, 2)
-    assert table.truncate(1, 1).copies == []
+    table.truncate(1, 1)
     assert (table.lengths, table.padding) == ([1, 0], [0, 1])
-    assert table.select(2, torch.tensor([True, False])).copies == []
+    table.select(2, torch.tensor([True, False]))
     assert table.batch == 1
 
 

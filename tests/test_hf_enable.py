@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_registered_whichever_is_imported_first(first):
     assert out.split() == ["True", "True"]
 
 
-@pytest.mark.parametrize("module", ["cache", "hf.attention"])
+@pytest.mark.parametrize("module", ["hf.cache", "hf.attention"])
 def test_registered_by_whatever_module_is_imported_first(module):
     code = f"import warnings; warnings.simplefilter('error', UserWarning); import unique_attn.{module}\n"
     out = run_python(code + "from transformers import AttentionInterface; print('unique' in AttentionInterface())\n")
@@ -77,9 +78,10 @@ def test_enable_and_disable():
     model = tiny()
     expected = generate(model, prompt())
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    config = model.config.to_dict()
     assert ua.enable(model, ALWAYS_SPARSE) is model
     assert model.config._attn_implementation == "unique"
-    assert all(hook_of(layer.self_attn).config is ALWAYS_SPARSE for layer in model.model.layers)
+    assert all(hook_of(layer.self_attn).config == ALWAYS_SPARSE for layer in model.model.layers)
     generate(model, prompt())
     assert ua.disable(model) is model
     assert model.config._attn_implementation == "sdpa"
@@ -87,6 +89,7 @@ def test_enable_and_disable():
         assert vars(module).keys() == before[name].keys()
         assert not module._forward_pre_hooks
         assert not module._forward_pre_hooks_with_kwargs
+    assert model.config.to_dict() == config
     assert_same(generate(model, prompt()), expected, tolerance=0)
     ua.disable(model)  # no effect
 
@@ -95,7 +98,7 @@ def test_enable_again_changes_the_settings():
     model = ua.enable(tiny(), ALWAYS_SPARSE)
     ua.enable(model, ua.UniqueConfig(dense_below=1000))
     assert not any(layers_on_pages(generate(model, prompt()).past_key_values))
-    assert len(model.model.layers[0].self_attn._forward_pre_hooks) == 1
+    assert [len(module._forward_pre_hooks) for module in (model, model.model)] == [1, 1]
     ua.disable(model)
     assert model.config._attn_implementation == "sdpa"
 
@@ -152,10 +155,45 @@ def test_saving_an_enabled_model(tmp_path):
     model = ua.enable(tiny(), ALWAYS_SPARSE)
     generate(model, prompt())
     model.save_pretrained(tmp_path)
-    assert "unique" not in (tmp_path / "config.json").read_text()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation == "sdpa"
+    assert again.config._attn_implementation == "sdpa"  # nobody asked for another
     torch.testing.assert_close(logits(generate(again, prompt())), logits(generate(tiny(), prompt())))
+    ua.enable(again)  # with the settings that were saved
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="unique")
+    for each in (again, loaded):
+        output = generate(each, prompt())
+        assert all(layers_on_pages(output.past_key_values))
+        assert hook_of(each.model.layers[0].self_attn).config == ALWAYS_SPARSE
+    ua.disable(again).save_pretrained(tmp_path / "disabled")
+    assert "page_size" in (tmp_path / "disabled" / "config.json").read_text()  # it came with the model
+    ua.disable(model).save_pretrained(tmp_path / "never")
+    assert "page_size" not in (tmp_path / "never" / "config.json").read_text()
+
+
+def test_saved_settings_of_another_version_are_a_named_error(tmp_path):
+    model = tiny()
+    model.config.unique_attn = {"budget": 64, "colour": "green"}
+    with pytest.raises(ValueError, match=r"expected fields among .*, got colour"):
+        ua.enable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_settings_as_keywords():
+    model = ua.enable(tiny(), budget=64, dense_below=0)
+    assert hook_of(model.model.layers[0].self_attn).config == ua.UniqueConfig(budget=64, dense_below=0)
+    ua.enable(model, ALWAYS_SPARSE, page_size=16)
+    assert hook_of(model.model.layers[0].self_attn).config == dataclasses.replace(ALWAYS_SPARSE, page_size=16)
+    with pytest.raises(TypeError, match=r"enable: expected fields of UniqueConfig .*budget.*, got bugdet"):
+        ua.enable(model, bugdet=3)
+    with pytest.raises(ValueError, match=r"UniqueConfig.budget: expected a multiple of page_size = 16, got 13"):
+        ua.enable(model, budget=13)
+
+
+def test_layers_that_do_not_exist():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"config.dense_layers: expected layers from 0 to 2, got \[3, 77\]"):
+        ua.enable(model, dense_layers=(1, 3, 77))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_model_inside_another_module():
@@ -213,7 +251,19 @@ def test_record_selection_ends_with_an_exception():
     model = ua.enable(tiny())
     with pytest.raises(KeyError), ua.record_selection(model):
         raise KeyError
-    assert hook_of(model.model.layers[0].self_attn).records is None
+    with ua.record_selection(model) as records:
+        generate(model, prompt(length=511), tokens=3)
+    assert len(records) == 6  # and those of before went nowhere
+
+
+def test_recordings_inside_each_other_and_of_other_models():
+    model, other = ua.enable(tiny(), ALWAYS_SPARSE), ua.enable(tiny(), ALWAYS_SPARSE)
+    with ua.record_selection(model) as outer:
+        generate(model, prompt(), tokens=2)
+        with ua.record_selection(model) as inner, ua.record_selection(other) as others:
+            generate(model, prompt(), tokens=3)
+        generate(other, prompt(), tokens=3)
+    assert (len(outer), len(inner), len(others)) == (9, 6, 0)
 
 
 # ---- Bad arguments. ----

@@ -23,8 +23,14 @@ from transformers import DynamicCache, StaticCache
 import unique_attn as ua
 from unique_attn.hf import compat
 from unique_attn.hf.attention import UnsupportedFeatureError, additive_mask, unique_attention_forward
+from unique_attn.hf.cache import UniqueLayer, adopt
 from unique_attn.hf.hooks import hook_of
 from unique_attn.ops import NotDifferentiableError
+
+OTHER_CACHE = (
+    "unique_attn: LlamaAttention is dense: its keys come from no layer of a DynamicCache that was passed to the model "
+    "(static, quantized, offloaded and encoder-decoder caches have no pages)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +57,18 @@ def steps(model, ids, masks, cache=None, **kwargs):
 # ---- Softcap, sinks, sliding windows. ----
 
 
+def test_a_family_that_could_never_be_sparse_keeps_its_own_attention_with_one_warning():
+    model, messages = run_and_collect(lambda: enabled(family="gemma2"))
+    assert model.config._attn_implementation == "eager"
+    assert hook_of(model.model.layers[0].self_attn) is None
+    assert_same(generate(model, prompt()), generate(tiny("gemma2"), prompt()))
+    assert messages == [
+        "unique_attn: Gemma2ForCausalLM keeps its own attention and is dense: its family has eager attention only"
+    ]
+
+
 def test_softcap_is_dense_with_one_warning():
-    model = enabled(family="gemma2")
+    model = tiny("gemma2", "unique")
     output, messages = run_and_collect(lambda: generate(model, prompt()))
     assert_same(output, generate(tiny("gemma2"), prompt()))
     assert messages == ["unique_attn: Gemma2Attention stays dense: it softcaps its logits"]
@@ -62,9 +78,11 @@ def test_sliding_windows_stay_stock_without_a_warning():
     output, messages = run_and_collect(lambda: generate(enabled(family="gemma3"), prompt()))
     assert messages == []
     assert [layer.is_sliding for layer in output.past_key_values.layers] == [True, False, False]
-    _, messages = run_and_collect(lambda: enabled(family="mistral-window"))
-    assert len(messages) == 1
-    assert "every layer of MistralForCausalLM has a sliding window" in messages[0]
+    model, messages = run_and_collect(lambda: enabled(family="mistral-window"))
+    assert messages == [
+        "unique_attn: MistralForCausalLM keeps its own attention and is dense: every layer has a sliding window"
+    ]
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_sliding_windows_in_a_cache_without_a_config():
@@ -227,7 +245,7 @@ def test_static_cache_is_dense_with_one_warning():
         lambda: generate(model, inputs, past_key_values=StaticCache(config=model.config, max_cache_len=64))
     )
     assert_same(output, generate(tiny(), inputs))
-    assert messages == ["unique_attn: StaticCache has no pages: dense attention"]
+    assert messages == [OTHER_CACHE]
 
 
 class _OtherCache(DynamicCache):
@@ -239,17 +257,18 @@ def test_other_caches_are_dense_with_one_warning():
     cache = _OtherCache(config=model.config)
     output, messages = run_and_collect(lambda: generate(model, prompt(), past_key_values=cache))
     assert_same(output, generate(tiny(), prompt()))
-    assert messages == ["unique_attn: _OtherCache has no pages: dense attention"]
+    assert messages == [OTHER_CACHE]
 
 
-def test_offloaded_cache_is_dense_with_one_warning():
-    attention = enabled().model.layers[0].self_attn
+def test_offloaded_caches_are_left_alone():
     cache = DynamicCache()
-    cache.offloading = True
-    hook = hook_of(attention)
-    _, messages = run_and_collect(lambda: hook(attention, (), {"past_key_values": cache}))
-    assert messages == ["unique_attn: offloaded DynamicCache has no pages: dense attention"]
-    assert hook.take_layer() is None
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    cache.offloading = True  # running such a cache needs a GPU
+    adopt(cache, ALWAYS_SPARSE)
+    assert type(cache.layers[0]) is not UniqueLayer
+    cache.offloading = False
+    adopt(cache, ALWAYS_SPARSE)
+    assert type(cache.layers[0]) is UniqueLayer
 
 
 def test_encoder_decoder():
@@ -274,7 +293,9 @@ def test_encoder_decoder():
     expected = generate(model, inputs)
     output, messages = run_and_collect(lambda: generate(ua.enable(model, ALWAYS_SPARSE), inputs))
     assert_same(output, expected)
-    assert messages == ["unique_attn: EncoderDecoderCache has no pages: dense attention"]
+    assert messages == [
+        "unique_attn: BartForConditionalGeneration keeps its own attention and is dense: it is an encoder-decoder model"
+    ]
 
 
 def test_vision_language_model_keeps_its_vision_attention():
@@ -349,7 +370,7 @@ def test_shared_kv_layers_are_dense():
     expected = generate(model, prompt())
     output, messages = run_and_collect(lambda: generate(ua.enable(model, ALWAYS_SPARSE), prompt()))
     assert_same(output, expected)
-    assert messages == ["unique_attn: layers that share keys and values stay dense"]
+    assert messages == ["unique_attn: Gemma3nTextAttention stays dense: layers of its model share keys and values"]
 
 
 class _Bare(torch.nn.Module):

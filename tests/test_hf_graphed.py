@@ -107,18 +107,21 @@ def test_steps_give_logits_and_count(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_stops_where_every_row_has_ended(device: str) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_stops_where_every_row_has_ended(device: str, several: bool) -> None:
+    """As ``generate`` does: rows that have ended are padded, and nothing follows the end of the last one."""
     model = ua.enable(tiny().to(device), SMALL).eval()
     ids = prompt(2, 12)["input_ids"].to(device)
     decoder = GraphedDecoder(model, batch=2, max_length=60)
     new = decoder.generate(ids, 40)[:, 12:]
-    eos = int(new[0, 5])
-    ends = [row.tolist().index(eos) if eos in row.tolist() else 40 for row in new]
-    got = decoder.generate(ids, 40, eos_token_id=eos, check_every=4)
-    assert got.shape[1] == 12 + min(max(ends) + 1, 40)
-    for row, end in enumerate(ends):
-        assert got[row, 12:].tolist()[: end + 1] == new[row].tolist()[: end + 1]
-        assert all(token == eos for token in got[row, 12 + end :].tolist())
+    eos = [int(new[0, 5]), int(new[1, 9])] if several else int(new[0, 5])
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 3}
+    wanted = model.generate(ids, **settings)
+    for every in (1, 4, 100):
+        got = decoder.generate(ids, 40, eos_token_id=eos, check_every=every, pad_token_id=3)
+        assert torch.equal(got, wanted)
+    model.generation_config.pad_token_id = 5
+    assert torch.equal(decoder.generate(ids, 40, eos_token_id=eos), wanted.masked_fill(wanted == 3, 5))
 
 
 @pytest.mark.parametrize("device", DEVICES)

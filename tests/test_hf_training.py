@@ -169,7 +169,6 @@ def test_layouts_of_masks(monkeypatch, rows):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("gemma2", {}, "softcap"),
         ("gpt-oss", {}, "attention sinks"),
         ("qwen2", {"dropout": 0.1}, "dropout"),
         ("llama-mha", {"mask": True}, "attention mask"),

@@ -18,7 +18,7 @@ from unique_attn.train_config import TrainConfig
 if TYPE_CHECKING:
     from unique_attn import reference
     from unique_attn._runtime import PagePool, PoolFullError
-    from unique_attn.cache import UniqueCache
+    from unique_attn.hf.cache import UniqueCache
     from unique_attn.hf.callback import SparsityCallback
     from unique_attn.hf.graphed import GraphedDecoder
     from unique_attn.hf.hooks import SelectionRecord
@@ -48,7 +48,7 @@ _LAZY = {
     "PoolFullError": "unique_attn._runtime",
     "SelectionRecord": "unique_attn.hf.hooks",
     "SparsityCallback": "unique_attn.hf.callback",
-    "UniqueCache": "unique_attn.cache",
+    "UniqueCache": "unique_attn.hf.cache",
     "disable": "unique_attn.hf.model",
     "enable": "unique_attn.hf.model",
     "record_selection": "unique_attn.hf.model",

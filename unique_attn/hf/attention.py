@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unique_attn.cache import UniqueLayer
-from unique_attn.config import UniqueConfig
-from unique_attn.decode import unsupported
 from unique_attn.hf.compat import (
+    config_is_eager_only,
     eager_attention,
-    family_supports_sdpa,
+    eager_mask,
+    eager_only,
     is_plain_causal_step,
     sdpa_attention_forward,
     sdpa_mask,
     warn_once,
 )
-from unique_attn.hf.hooks import AttentionHook, SelectionRecord, attach, hook_of
+from unique_attn.hf.handover import CachedTensor, PagedLayer, Refusal, Step, handed_over, undifferentiable, whole
+from unique_attn.hf.hooks import CacheHook, SelectionRecord, attach_late, hook_of, note
+from unique_attn.hf.reasons import (
+    SINKS,
+    UnsupportedFeatureError,
+    call_reason,
+    is_causal,
+    module_reason,
+    refuse_unknown,
+)
 from unique_attn.hf.training import dense_mask
-from unique_attn.ops import NotDifferentiableError
 from unique_attn.ops._autocast import autocast_inputs
 
-SLIDING = "it has a sliding window"
-_EAGER_ONLY = ("softcap", "s_aux", "sinks")  # arguments by which sdpa would compute something else
+__all__ = ["UnsupportedFeatureError", "unique_attention_forward", "unique_mask"]
 
-
-class UnsupportedFeatureError(NotImplementedError):
-    """A model asks for a kind of attention that neither the ops nor the dense fallbacks compute."""
+_LISTED = Refusal("listed in dense_layers", lasting=True, quiet=True)
+_CHANGED = Refusal("it changes the keys or values that it gets from its cache", lasting=True)
+_EAGER = (*SINKS, "softcap")  # arguments by which sdpa would compute something else
 
 
 def unique_attention_forward(
@@ -41,14 +47,14 @@ def unique_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention for transformers: decode steps of a cache on pages run the ops, all else is dense.
+    """Attention for transformers: decode steps of a cache with pages run the ops, all else is dense.
 
     Args:
         module: the attention module that calls.
         query: ``[B, Hq, T, D]``.
-        key: ``[B, H, L, D]``, or only the new ``[B, H, T, D]`` when the cache layer is on pages.
+        key: ``[B, H, L, D]``; what a layer of ours returned from ``update`` stands for that.
         value: like ``key``.
-        attention_mask: ``[B, 1, T, L]`` or None, as ``sdpa`` takes it.
+        attention_mask: ``[B, 1, T, L]`` or None, as :func:`unique_mask` made it.
         scaling: factor of the logits; ``1 / sqrt(D)`` if None.
         dropout: probability, used by dense attention only.
         kwargs: what the model family passes to every attention function.
@@ -57,54 +63,105 @@ def unique_attention_forward(
         ``[B, T, Hq, D]``, and the attention weights if ``output_attentions`` asks for them (else None).
 
     Raises:
-        UnsupportedFeatureError: softcap, attention sinks or weights are asked for, and the family has no eager
-            attention that could compute them.
+        UnsupportedFeatureError: an argument that is not known, or softcap or attention sinks in a family that has no
+            eager attention, which alone could compute them.
+        ValueError: the mask shows padding that a cache on pages did not keep, or a model and its cache differ in dtype.
     """
-    dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    refuse_unknown(module, kwargs)
     hook = hook_of(module)
-    if hook is not None and hook.train is not None and _trains(hook, module, query, key):
-        return _training(hook, *dense)
-    if torch.compiler.is_compiling():
+    given = handed_over(key, value)
+    if given is None:
+        changed = isinstance(key, CachedTensor) or isinstance(value, CachedTensor)
+        key, value = whole(key, _CHANGED), whole(value, _CHANGED)
+        dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        if hook is not None and hook.train is not None and module.training and query.shape[2] == key.shape[2]:
+            return _training(hook, *dense)
+        if not torch.compiler.is_compiling():
+            hook = hook or attach_late(module)  # from the next call on
+            if changed:
+                _warn(module, _CHANGED)
+            else:
+                _warn_of_other_caches(module, query, key, value, kwargs)
         return dense_attention(*dense)
-    hook = hook or attach(module, UniqueConfig())  # without enable(): from the next call on
-    layer = hook.take_layer()
-    if layer is None:
-        return dense_attention(*dense)
-    returned, awaits_decode = layer.returned, layer.awaits_decode
-    layer.announce(None)
-    if returned is None:  # the module attends to something that is not in this layer
-        return dense_attention(*dense)
 
-    reason = lasting_reason(module, query, key, value, kwargs)
-    if key is not returned[0] or value is not returned[1]:
-        if awaits_decode:
-            raise UnsupportedFeatureError(f"{_name(module)} changes the keys or values that it gets from its cache")
-        reason = "it changes the keys or values that it gets from its cache"
-    _remember(hook, module, reason)
-    if not awaits_decode:
-        return _undifferentiable(dense_attention(*dense), layer, query)
-
-    passing = reason or passing_reason(dropout, kwargs)
-    if passing is not None:
-        warn_once(f"{_name(module)} is dense in this call: {passing}", type(module), passing)
-        key, value = layer.gather()
-        return _undifferentiable(
-            dense_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), layer, query
-        )
-    return _undifferentiable((_sparse(hook, layer, query, scaling, kwargs.get("s_aux")), None), layer, query)
+    layer, step = given
+    hook = hook or attach_late(module)
+    refusal = _refusal(module, layer, step, query, attention_mask, dropout, kwargs)
+    if refusal is None:
+        return _sparse(hook, module, layer, step, query, scaling, kwargs), None
+    if not refusal.quiet:
+        _warn(module, refusal)
+    if hook.train is not None and module.training:
+        warn_once(f"{_name(module)} has no training mask in calls that are given a cache", type(module), "cached")
+    key, value = whole(key, refusal), whole(value, refusal)
+    _check_dtype(query, key, value)
+    return dense_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
 
 
-def _trains(hook: AttentionHook, module: nn.Module, query: Tensor, key: Tensor) -> bool:
-    """Whether a call is a training forward: no cache, or one that is filled for nothing, as models do by default."""
-    if not module.training or (hook.cached and not torch.is_grad_enabled()):  # generate() of a model in training mode
-        return False
-    if query.shape[2] != key.shape[2] and hook.cached:
-        warn_once(f"{_name(module)} has no training mask in this call: it continues a cache", type(module), "continues")
-    return query.shape[2] == key.shape[2]
+def unique_mask(**kwargs: Any) -> Tensor | None:
+    """The mask function: the masks of ``sdpa``, or those of ``eager`` for families that have no other attention.
+
+    Unlike ``sdpa``'s, it does not wait for the device in single-token steps. Takes and returns what transformers' mask
+    functions do: ``[B, 1, T, L]``, bool for ``sdpa``, or None for a plain causal mask.
+    """
+    if config_is_eager_only(kwargs.get("config")):
+        mask: Tensor | None = eager_mask(**kwargs)
+        return mask
+    padding = kwargs.get("attention_mask")
+    if padding is None or torch.compiler.is_compiling() or not is_plain_causal_step(kwargs):
+        return sdpa_mask(**kwargs)
+    length = kwargs["kv_length"]
+    padding = torch.nn.functional.pad(padding[:, :length], (0, max(0, length - padding.shape[1])))
+    if padding.device.type == "cpu" and bool(padding.all()):  # looking costs nothing there
+        return None
+    return padding[:, None, None, :]
+
+
+# ---- Pages. ----
+
+
+def _refusal(
+    module: nn.Module,
+    layer: PagedLayer,
+    step: Step,
+    query: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Refusal | None:
+    """Why a step is attended to densely; None if it reads pages. All that there is to compare is compared here."""
+    if getattr(module, "layer_idx", None) in layer.config.dense_layers:
+        return _LISTED
+    q, k, v = autocast_inputs(query, step.k, step.v)
+    lasting = module_reason(module, q, k, v, kwargs)
+    if lasting is not None:
+        return lasting
+    return layer.refuses(step, query, mask) or call_reason(dropout, kwargs)
+
+
+def _sparse(
+    hook: CacheHook,
+    module: nn.Module,
+    layer: PagedLayer,
+    step: Step,
+    query: Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    out, lse, pages = layer.decode(step, query, scaling)
+    note(hook, SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
+    for name in SINKS:
+        sinks = kwargs.get(name)
+        if sinks is not None:  # a sink adds exp(sink) to the normalizer exp(lse)
+            out = (out.float() * torch.sigmoid(lse - sinks.detach().float()).unsqueeze(-1)).to(out.dtype)
+    return undifferentiable(out, query)
+
+
+# ---- Training. ----
 
 
 def _training(
-    hook: AttentionHook,
+    hook: CacheHook,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -116,60 +173,17 @@ def _training(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the training mask where the layer and the call allow it, else dense."""
     assert hook.train is not None
-    layer = None if torch.compiler.is_compiling() else hook.take_layer()
-    if layer is not None:
-        layer.announce(None)
     q, k, v = autocast_inputs(query, key, value)
-    reason = lasting_reason(module, q, k, v, kwargs) or passing_reason(dropout, kwargs)
-    if kwargs.get("s_aux") is not None:
-        reason = reason or "it uses attention sinks"
-    if hook.shares_kv:
-        reason = reason or "layers of its model share keys and values"
-    out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, hook.cached, reason)
+    refusal = module_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs)
+    if refusal is None and any(kwargs.get(name) is not None for name in SINKS):
+        refusal = Refusal("it uses attention sinks")
+    out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)
     if out is not None:
         return out, None
     return dense_attention(module, query, key, value, dense_mask(mask, query, kwargs), scaling, dropout, kwargs)
 
 
-def unique_mask(**kwargs: Any) -> Tensor | None:
-    """The mask function: ``sdpa``'s masks, but without waiting for the device in single-token steps.
-
-    Takes and returns what transformers' mask functions do: a bool ``[B, 1, T, L]``, or None for a plain causal mask.
-    """
-    padding = kwargs.get("attention_mask")
-    if padding is None or torch.compiler.is_compiling() or not is_plain_causal_step(kwargs):
-        return sdpa_mask(**kwargs)
-    length = kwargs["kv_length"]
-    padding = torch.nn.functional.pad(padding[:, :length], (0, max(0, length - padding.shape[1])))
-    if padding.device.type == "cpu" and bool(padding.all()):  # looking costs nothing there
-        return None
-    return padding[:, None, None, :]
-
-
-def lasting_reason(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str | None:
-    """Why this module can never use pages, or None if it can."""
-    if kwargs.get("sliding_window") is not None or _is_sliding(module):
-        return SLIDING
-    if not _is_causal(module, kwargs):
-        return "it is not causal"
-    if kwargs.get("softcap") is not None:
-        return "it softcaps its logits"
-    for name in ("position_bias", "sinks", "indices"):
-        if kwargs.get(name) is not None:
-            return f"it uses {name}"
-    s_aux = kwargs.get("s_aux")
-    if s_aux is not None and tuple(s_aux.shape) != (query.shape[1],):
-        return f"its attention sinks have shape {list(s_aux.shape)}"
-    if s_aux is None and not family_supports_sdpa(type(module)):
-        return "its family does not support sdpa"
-    return unsupported(query, key, value)
-
-
-def passing_reason(dropout: float, kwargs: dict[str, Any]) -> str | None:
-    """Why this call cannot read pages, or None if it can."""
-    if kwargs.get("output_attentions"):
-        return "output_attentions needs all weights"
-    return "it uses dropout" if dropout > 0 else None
+# ---- Dense attention. ----
 
 
 def dense_attention(
@@ -183,17 +197,28 @@ def dense_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What the stock implementations compute: ``sdpa``, or the family's eager attention where sdpa cannot."""
-    wanted = [name for name in _EAGER_ONLY if kwargs.get(name) is not None]
+    has_sdpa = not eager_only(module)
+    wanted = [name for name in _EAGER if kwargs.get(name) is not None]
     wanted += ["output_attentions"] * bool(kwargs.get("output_attentions"))
-    if wanted or not family_supports_sdpa(type(module)):
-        eager = eager_attention(type(module))
-        if eager is not None:
-            mask = additive_mask(attention_mask, query, key, _is_causal(module, kwargs))
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-        if wanted and wanted != ["output_attentions"]:
-            raise UnsupportedFeatureError(f"{_name(module)} asks for {', '.join(wanted)}, which sdpa cannot compute")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if has_sdpa and not wanted:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    eager = eager_attention(type(module))
+    if eager is not None:
+        # Where sdpa has no mask it may be causal by itself; a family without sdpa always makes the mask that it needs.
+        causal = has_sdpa and is_causal(module, kwargs)
+        mask = additive_mask(attention_mask, query, key, causal)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if wanted == ["output_attentions"] and has_sdpa:  # as stock: sdpa, which says that it has no weights
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    raise UnsupportedFeatureError(
+        f"{_name(module)} asks for {', '.join(wanted) or 'eager attention'}, which sdpa cannot compute, and its family "
+        "has no eager_attention_forward"
+    )
 
 
 def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
@@ -209,57 +234,31 @@ def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool)
     return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
-def _sparse(
-    hook: AttentionHook, layer: UniqueLayer, query: Tensor, scaling: float | None, s_aux: Tensor | None
-) -> Tensor:
-    out, lse, pages = layer.decode(query.detach().transpose(1, 2), scaling)
-    if hook.records is not None:
-        hook.records.append(SelectionRecord(layer.layer_idx, layer.seq_lens, pages))
-    if s_aux is not None:  # a sink adds exp(s_aux) to the normalizer exp(lse)
-        out = (out.float() * torch.sigmoid(lse - s_aux.detach().float()).unsqueeze(-1)).to(out.dtype)
-    return out
+def _check_dtype(query: Tensor, key: Tensor, value: Tensor) -> None:
+    q, k, v = autocast_inputs(query, key, value)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"past_key_values: expected keys and values of the model's dtype, {q.dtype}, got {k.dtype} and {v.dtype}: "
+            "the cache was filled before the model was cast; make a new one"
+        )
 
 
-def _remember(hook: AttentionHook, module: nn.Module, reason: str | None) -> None:
-    hook.dense_reason, hook.known = reason, True
-    if reason is not None and reason != SLIDING:
-        warn_once(f"{_name(module)} stays dense: {reason}", type(module), reason)
+def _warn(module: nn.Module, refusal: Refusal) -> None:
+    stays = "stays dense" if refusal.lasting else "is dense in this call"
+    warn_once(f"{_name(module)} {stays}: {refusal.reason}", type(module), refusal.reason)
 
 
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-def _is_sliding(module: nn.Module) -> bool:
-    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and layer_idx is not None and layer_idx < len(types):
-        return "sliding" in types[layer_idx] or "chunked" in types[layer_idx]
-    return getattr(module, "sliding_window", None) is not None
+def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+    """Say once that a module which continues a sequence got its earlier keys from something without pages."""
+    if query.shape[2] >= key.shape[2] or module_reason(module, query, key, value, kwargs) is not None:
+        return
+    warn_once(
+        f"{_name(module)} is dense: its keys come from no layer of a DynamicCache that was passed to the model "
+        "(static, quantized, offloaded and encoder-decoder caches have no pages)",
+        type(module),
+        "cache",
+    )
 
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__
-
-
-class _Undifferentiable(torch.autograd.Function):
-    """The identity, but a gradient that arrives at it is an error: pages keep no graph."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotDifferentiableError(
-            "attention over a cache on pages has no gradient: train without a cache, or decode under torch.no_grad()"
-        )
-
-
-def _undifferentiable(
-    result: tuple[Tensor, Tensor | None], layer: UniqueLayer, query: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    if not ((layer.on_pages or layer.lost_graph) and torch.is_grad_enabled() and query.requires_grad):
-        return result
-    return _Undifferentiable.apply(result[0], query), result[1]

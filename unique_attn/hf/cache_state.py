@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unique_attn.config import UniqueConfig
-from unique_attn.decode import PagedTable
 from unique_attn.hf.masks import MaskWatch, is_step_mask, left_padding, shows_padding
+from unique_attn.paging import PagedTable
 
 
 class CacheState:
@@ -20,7 +20,7 @@ class CacheState:
         self.config = config
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.refused = False  # a mask with holes was seen: no pages until reset
-        self._judged: tuple[Tensor | None, tuple[int, int, int], list[int] | None] | None = None
+        self._judged: tuple[Tensor | None, tuple[int, ...], list[int] | None] | None = None
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
 
@@ -31,8 +31,9 @@ class CacheState:
     def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
         """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
         shape = (batch, num_tokens, length)
-        if self._judged is None or self._judged[0] is not mask or self._judged[1] != shape:
-            self._judged = (mask, shape, left_padding(mask, *shape))
+        facts = shape if mask is None or mask.is_inference() else (*shape, mask._version)  # a mask can be written to
+        if self._judged is None or self._judged[0] is not mask or self._judged[1] != facts:
+            self._judged = (mask, facts, left_padding(mask, *shape))
         return self._judged[2]
 
     def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int) -> bool:

@@ -27,9 +27,12 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "PreTrainedModel",
+    "cache_argument",
+    "config_is_eager_only",
     "cropped_length",
     "eager_attention",
-    "family_supports_sdpa",
+    "eager_mask",
+    "eager_only",
     "is_plain_causal_step",
     "sdpa_attention_forward",
     "sdpa_mask",
@@ -41,7 +44,7 @@ _CROP_COUNTS_TOKENS = "tokens_to_remove" in inspect.signature(DynamicLayer.crop)
 _warned: set[tuple[Any, ...]] = set()
 # By attention class. Plain dictionaries, because torch.compile warns of functools.cache.
 _eager: dict[type, Callable[..., Any] | None] = {}
-_has_sdpa: dict[type, bool] = {}
+_eager_only: dict[type, bool] = {}
 
 
 def warn_once(message: str, *key: Any) -> None:
@@ -69,8 +72,23 @@ def cropped_length(amount: int, length: int) -> int:
 
 def sdpa_mask(**kwargs: Any) -> Any:
     """The mask function that transformers registers for ``sdpa``."""
-    function: Any = AttentionMaskInterface._global_mapping["sdpa"]
+    return _registered_mask("sdpa", kwargs)
+
+
+def eager_mask(**kwargs: Any) -> Any:
+    """The mask function that transformers registers for ``eager``: additive, and never left out for being causal."""
+    return _registered_mask("eager", kwargs)
+
+
+def _registered_mask(name: str, kwargs: dict[str, Any]) -> Any:
+    function: Any = AttentionMaskInterface._global_mapping[name]
     return function(**kwargs)
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward takes its cache: ``past_key_values`` up to some 5.x, then ``cache``."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def is_plain_causal_step(kwargs: dict[str, Any]) -> bool:
@@ -104,20 +122,32 @@ def eager_attention(module_class: type) -> Callable[..., Any] | None:
     return _eager[module_class]
 
 
-def family_supports_sdpa(module_class: type) -> bool:
-    """Whether the family of an attention class computes the same with ``sdpa`` as with eager attention."""
-    if module_class not in _has_sdpa:
-        _has_sdpa[module_class] = _family_supports_sdpa(module_class)
-    return _has_sdpa[module_class]
+def eager_only(module: Any) -> bool:
+    """Whether the family of an attention module computes something else with ``sdpa`` than with eager attention."""
+    config = getattr(module, "config", None)
+    return _class_is_eager_only(type(module)) if config is None else config_is_eager_only(config)
 
 
-def _family_supports_sdpa(module_class: type) -> bool:
-    for each in module_class.__mro__:
+def config_is_eager_only(config: Any) -> bool:
+    """Like :func:`eager_only`, by the config of a language model."""
+    return config is not None and _class_is_eager_only(type(config))
+
+
+def _class_is_eager_only(each: type) -> bool:
+    if each not in _eager_only:
+        _eager_only[each] = _find_eager_only(each)
+    return _eager_only[each]
+
+
+def _find_eager_only(cls: type) -> bool:
+    """By the models in the file of an attention module, or in the modeling file beside that of a config."""
+    for each in cls.__mro__:
+        file = sys.modules.get(each.__module__.replace(".configuration_", ".modeling_"))
         models = [
             value
-            for value in vars(sys.modules.get(each.__module__, object)).values()
+            for value in ({} if file is None else vars(file)).values()
             if isinstance(value, type) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
         ]
         if models:
-            return any(model._supports_sdpa for model in models)
-    return True
+            return not any(model._supports_sdpa for model in models)
+    return False

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unique_attn.hf.compat import Cache
+
 if TYPE_CHECKING:
     from unique_attn.hf.graphed import GraphedDecoder
 
@@ -18,6 +20,7 @@ def decoding_loop(
     stopping_criteria: Any,
     generation_config: Any,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Prompts and new tokens ``[B, L + n]``: what transformers' own loop does, with the decoder's steps.
 
@@ -26,6 +29,7 @@ def decoding_loop(
         input_ids: int64 ``[B, L]``.
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
         attention_mask: ``[B, L]`` with 0 for left padding, or None.
+        position_ids: ``[B, L]`` or None.
 
     Raises:
         ValueError: something asked for that the loop does not do, or more tokens than fit.
@@ -39,7 +43,7 @@ def decoding_loop(
         raise ValueError(f"max_new_tokens: expected at most {most} tokens with the prompt, got {config.max_length}")
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    decoder.prefill(input_ids, attention_mask)
+    decoder.prefill(input_ids, attention_mask, position_ids)
     while True:
         assert decoder.logits is not None
         scores = logits_processor(input_ids, decoder.logits.to(torch.float32, copy=True))
@@ -55,3 +59,22 @@ def decoding_loop(
             return input_ids
         decoder.tokens.copy_(tokens[:, None])
         decoder.step()
+
+
+def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """``attention_mask`` and ``position_ids`` of what ``generate`` would pass to the model's forward.
+
+    Raises:
+        ValueError: there is something else, which the decoder would not use.
+    """
+    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+    for name in ("use_cache", "logits_to_keep", "cache_position"):  # what the decoder does anyway
+        given.pop(name, None)
+    for name in [name for name, value in given.items() if isinstance(value, Cache)]:
+        cache = given.pop(name)
+        if cache.get_seq_length() > 0:
+            raise ValueError(f"{name}: expected no tokens in it, got {cache.get_seq_length()}")
+    if given:
+        raise ValueError(f"{', '.join(sorted(given))}: expected text alone with a GraphedDecoder")
+    return mask, positions

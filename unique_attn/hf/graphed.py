@@ -9,169 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unique_attn._runtime import PagePool
-from unique_attn.cache import Call
 from unique_attn.config import MAX_PAGES, UniqueConfig
-from unique_attn.decode import LayerPages, PagedTable
-from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache
-from unique_attn.hf.generate import decoding_loop
-from unique_attn.hf.hooks import attention_modules, hook_of
+from unique_attn.hf.compat import DynamicCache, cache_argument
+from unique_attn.hf.generate import decoding_loop, prompt_arguments
+from unique_attn.hf.hooks import attention_modules, hook_of, language_config
+from unique_attn.hf.static_pages import StaticPages
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
+from unique_attn.hf.unchanged import Unchanged
 
 __all__ = ["GraphedDecoder", "StaticPages", "greedy", "sampler"]
-
-
-class StaticLayer(CacheLayerMixin):
-    """One layer of a :class:`StaticPages`: what the hook and the attention function expect of a cache layer.
-
-    Its storage never moves, and the number of tokens in it is known to the device alone.
-    """
-
-    on_pages = True
-    lost_graph = False
-    is_compileable = is_sliding = False
-
-    def __init__(self, pages: StaticPages, layer_idx: int) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.state = pages
-        self.layer_idx = layer_idx
-        self.storage: LayerPages | None = None  # since the first prefill
-        self.returned: tuple[Tensor, Tensor] | None = None
-        self._new: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def seq_lens(self) -> Tensor:
-        """int32 ``[B]``: tokens of each row, the step's included."""
-        return self.state.seq_lens
-
-    @property
-    def awaits_decode(self) -> bool:
-        return self._new is not None
-
-    def lazy_initialization(self, *args: Any) -> None:
-        """Storage comes with the first prefill."""
-
-    def announce(self, call: Call | None) -> None:
-        """Nothing to prepare: every call is a decode step."""
-        self.returned = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the keys and values ``[B, H, 1, D]`` of a step; :meth:`decode` stores them."""
-        self._new = self.returned = (key_states, value_states)
-        return self.returned
-
-    def decode(self, q: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the step's token and attend with ``q`` ``[B, 1, Hq, D]``: ``out``, ``lse`` and the ``pages`` read."""
-        assert self._new is not None
-        assert self.storage is not None
-        (k, v), self._new = self._new, None
-        state, pages = self.state, self.state.num_pages(self.layer_idx)
-        new = (q, k.transpose(1, 2), v.transpose(1, 2))
-        return self.storage.step(new, state.block_table, state.seq_lens, pages, scale)
-
-    def gather(self) -> tuple[Tensor, Tensor]:
-        """Dense attention in a step: there is none here."""
-        raise NotImplementedError(
-            f"layer {self.layer_idx} cannot decode on pages (a sliding window, attention weights asked for, or a kind "
-            "of attention that the ops do not compute): use model.generate()"
-        )
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens of the longest row, as far as the host knows."""
-        return self.state.host_length
-
-    def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
-        """(keys, offset) of a step's mask, of which only its absence matters."""
-        return self.state.host_length + 1, 0
-
-    def get_max_length(self, *args: Any) -> int:
-        """Tokens that a row can hold."""
-        return self.state.max_length
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5
-
-
-class StaticPages(Cache):
-    """A transformers cache of fixed size on pages, for decode steps of one token whose lengths live on the device.
-
-    Args:
-        config: settings.
-        num_layers: layers of the model.
-        batch: rows.
-        max_length: tokens that a row can hold.
-        device: where lengths and block table are.
-    """
-
-    is_static_pages = True
-
-    def __init__(
-        self, config: UniqueConfig, num_layers: int, batch: int, max_length: int, device: torch.device
-    ) -> None:
-        self.config = config
-        self.max_length = max_length
-        self.host_length = 0
-        size = config.block_size
-        self.blocks_per_row = -(-max_length // size)
-        self.pool = PagePool(num_blocks=batch * self.blocks_per_row, block_size=size)
-        self.table: PagedTable | None = None
-        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
-        self.static_layers = [StaticLayer(self, i) for i in range(num_layers)]
-        self.layers = list(self.static_layers)
-        self.layer_class_to_replicate = None
-        self.offloading = False
-
-    def num_pages(self, layer_idx: int) -> int:
-        """Pages that a layer reads: all that a row can have in a dense layer."""
-        if layer_idx not in self.config.dense_layers:
-            return self.config.num_pages
-        return self.blocks_per_row * self.config.block_size // self.config.page_size
-
-    def fill(self, dense: Any, padding: list[int]) -> None:
-        """Begin with the keys and values of a filled ``DynamicCache``, of whose rows the first tokens are padding."""
-        length = dense.get_seq_length()
-        self.table = None  # gives its blocks back
-        seqs = [self.pool.create() for _ in padding]
-        self.table = PagedTable(self.pool, seqs, [length - pad for pad in padding], padding)
-        self.pool.append_many(seqs, self.table.lengths)
-        for layer, filled in zip(self.static_layers, dense.layers, strict=True):
-            if layer.storage is None:
-                layer.storage = LayerPages(self.pool, filled.keys, self.config)
-            layer.storage.write(filled.keys, filled.values, self.table, 0)
-        self.seq_lens.copy_(self.table.seq_lens(self.seq_lens.device))
-        # Room up to the last token, so that the table never changes again.
-        self.pool.append_many(seqs, [self.max_length - n for n in self.table.lengths])
-        table = torch.from_numpy(self.pool.block_table(seqs, self.blocks_per_row))
-        self.block_table.copy_(table)
-        self.host_length = length
-
-    @torch.no_grad()
-    def adopt(self, caches: Sequence[tuple[Tensor, Tensor]], block_table: Tensor, length: int) -> None:
-        """Begin with keys and values that are in blocks already: kept as they are, indexed, and appended to.
-
-        Args:
-            caches: of each layer, ``[num_blocks, H, block_size, D]`` each.
-            block_table: int32 ``[B, blocks_per_row]``, with the blocks of tokens to come.
-            length: tokens of every row.
-        """
-        self.table, self.host_length = None, length
-        self.block_table.copy_(block_table)
-        self.seq_lens.fill_(length)
-        for layer, (k, v) in zip(self.static_layers, caches, strict=True):
-            layer.storage = LayerPages(self.pool, k, self.config, storage=(k, v))
-            layer.storage.reindex(self.block_table, self.seq_lens, length)
-
-    # ---- What a GraphedStep asks for. ----
-
-    def advance(self) -> Tensor:
-        """Count one more token in every row; the positions of these tokens, int64 ``[B, 1]``."""
-        self.seq_lens.add_(1)
-        return (self.seq_lens - 1).long()[:, None]
-
-    def counters(self) -> list[Tensor]:
-        """The lengths."""
-        return [self.seq_lens]
 
 
 class GraphedDecoder:
@@ -184,10 +30,12 @@ class GraphedDecoder:
     Three ways to use it: :meth:`generate`, in which the host seldom waits for the device; ``model.generate(...,
     custom_generate=decoder)``, for what transformers' generation offers; :meth:`prefill` and :meth:`step`.
 
-    The model's weights must stay where they are; after loading others or another dtype, make a new decoder.
+    The model's weights must stay where they are (other values in the same place are fine), and the model enabled: a
+    call after either has changed raises. What cannot run on pages (sliding windows, caches of other kinds than one of
+    keys and values) raises in the first :meth:`prefill`.
 
     Args:
-        model: an enabled causal language model, in eval mode while it decodes.
+        model: an enabled causal language model on one device, in eval mode while it decodes.
         batch: rows of every prompt.
         max_length: most tokens of a row, prompt and new ones.
         config: settings; those of ``enable`` if None.
@@ -195,7 +43,8 @@ class GraphedDecoder:
 
     Raises:
         TypeError: ``model`` was not enabled.
-        ValueError: a number out of range, naming the argument.
+        ValueError: a number out of range, naming the argument, or a model on several devices.
+        NotImplementedError: an encoder-decoder model.
     """
 
     def __init__(
@@ -213,9 +62,16 @@ class GraphedDecoder:
         for name, value in (("batch", batch), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise NotImplementedError(
+                f"model: expected a decoder alone, got the encoder-decoder {type(model).__name__}"
+            )
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(devices) != 1:
+            raise ValueError(f"model: expected all weights on one device, got {', '.join(devices) or 'none'}")
         self.model = model
         self.config = hook.config if config is None else config
-        self.device = next(model.parameters()).device
+        self.device = torch.device(devices[0])
         self.cache = StaticPages(self.config, len(modules), batch, max_length, self.device)
         most = max((self.cache.num_pages(i) for i in range(len(modules))), default=0)
         if most > MAX_PAGES:
@@ -225,6 +81,7 @@ class GraphedDecoder:
             )
         self._step = GraphedStep(model, self.cache, batch, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._unchanged = Unchanged(model)
 
     @property
     def tokens(self) -> Tensor:
@@ -237,16 +94,22 @@ class GraphedDecoder:
         return self._step.logits
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Start with prompts, dense; returns the first new token ``[B, 1]``.
 
         Args:
             input_ids: int64 ``[B, L]``, L below ``max_length``.
             attention_mask: ``[B, L]`` with 0 for left padding, or None.
+            position_ids: int64 ``[B, L]``, from which new tokens count on; None for 0, 1, ... behind the padding.
 
         Raises:
             ValueError: a wrong shape, a prompt without room for a token, or padding that is not on the left.
+            RuntimeError: the model is no longer as it was when the decoder was made.
+            NotImplementedError: a layer that cannot run on pages.
         """
+        self._unchanged.check(thoroughly=True)
         batch, length = self.tokens.shape[0], input_ids.shape[-1]
         if input_ids.dim() != 2 or input_ids.shape[0] != batch or length == 0:
             raise ValueError(f"input_ids: expected shape [{batch}, length], got {list(input_ids.shape)}")
@@ -255,13 +118,22 @@ class GraphedDecoder:
                 f"input_ids: expected fewer than max_length = {self.cache.max_length} tokens, got {length}"
             )
         padding = _left_padding(attention_mask, input_ids)
-        dense = DynamicCache()
+        if position_ids is None:
+            shown = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            position_ids = (shown.cumsum(-1) - 1).clamp(min=0)
+        elif position_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"position_ids: expected shape {list(input_ids.shape)}, got {list(position_ids.shape)}: a "
+                "GraphedDecoder counts one position for each token"
+            )
+        dense = DynamicCache(config=language_config(self.model))
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
-            options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(input_ids, past_key_values=dense, use_cache=True, **options).logits[:, -1]
+        options[cache_argument(self.model)] = dense
+        logits = self.model(input_ids, position_ids=position_ids, use_cache=True, **options).logits[:, -1]
         self.cache.fill(dense, padding)
+        self.cache.offset.copy_(position_ids[:, -1] + 1 - self.cache.seq_lens)
         self._step.keep(logits)
         self.tokens.copy_(self._step.sample(logits)[:, None])
         self._step.capture()
@@ -272,12 +144,14 @@ class GraphedDecoder:
         """Decode one token for every row; returns it, ``[B, 1]``, in a buffer that the next step overwrites.
 
         Raises:
-            RuntimeError: before :meth:`prefill`, or with ``max_length`` tokens reached.
+            RuntimeError: before :meth:`prefill`, with ``max_length`` tokens reached, or the model is no longer as it
+                was when the decoder was made.
         """
         if self.logits is None:
             raise RuntimeError("step: expected a prefill() before it")
         if self.cache.host_length >= self.cache.max_length:
             raise RuntimeError(f"step: max_length = {self.cache.max_length} tokens are reached")
+        self._unchanged.check()
         self._step.run()
         self.cache.host_length += 1
         return self.tokens
@@ -288,13 +162,21 @@ class GraphedDecoder:
         input_ids: Tensor,
         max_new_tokens: int,
         attention_mask: Tensor | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         check_every: int = 16,
+        pad_token_id: int | None = None,
     ) -> Tensor:
         """Prompts and new tokens ``[B, L + n]``, n up to ``max_new_tokens``.
 
-        Rows that reached ``eos_token_id`` repeat it. Whether all did is looked at every ``check_every`` steps, the
-        only time that the host waits for the device.
+        Args:
+            input_ids: int64 ``[B, L]``.
+            max_new_tokens: at least 1.
+            attention_mask: ``[B, L]`` with 0 for left padding, or None.
+            eos_token_id: the token, or tokens, after which a row has ended; None for none.
+            check_every: steps after which it is looked at whether all rows have ended, the only time that the host
+                waits for the device.
+            pad_token_id: fills rows that have ended; by default what the model's ``generation_config`` says, else the
+                first ``eos_token_id``.
 
         Raises:
             ValueError: as :meth:`prefill`, or more tokens than fit.
@@ -305,17 +187,20 @@ class GraphedDecoder:
                 f"max_new_tokens: expected 1 to {self.cache.max_length + 1 - length} (max_length = "
                 f"{self.cache.max_length}), got {max_new_tokens}"
             )
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        if pad_token_id is None:
+            pad_token_id = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
+        pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
         new = [self.prefill(input_ids, attention_mask).clone()]
-        ended = torch.zeros_like(new[0], dtype=torch.bool)
+        eos = torch.tensor(ends, dtype=torch.long, device=self.device)
+        ended = torch.isin(new[0], eos)
         for i in range(1, max_new_tokens):
-            if eos_token_id is not None:
-                ended |= new[-1] == eos_token_id
-                if i % check_every == 0 and bool(ended.all()):
-                    break
-            token = self.step().clone()
-            new.append(token if eos_token_id is None else token.masked_fill(ended, eos_token_id))
-        out = torch.cat([input_ids, *new], 1)
-        return out if eos_token_id is None else _until_all_ended(out, length, eos_token_id)
+            if ends and i % check_every == 0 and bool(ended.all()):
+                break
+            new.append(self.step().masked_fill(ended, pad))
+            ended |= torch.isin(new[-1], eos)
+        out = torch.cat(new, 1)
+        return torch.cat([input_ids, _until_all_ended(out, eos) if ends else out], 1)
 
     @torch.no_grad()
     def __call__(
@@ -333,15 +218,13 @@ class GraphedDecoder:
         next token is chosen by it, outside the graph, and the host looks after every token whether to stop.
 
         Raises:
-            ValueError: another model, beams, a dictionary as output, a cache that holds tokens, more tokens than fit.
+            ValueError: another model, beams, a dictionary as output, a cache that holds tokens, more tokens than fit,
+                or an input beside text (images, sound, embeddings), naming it.
         """
         if model is not self.model:
             raise ValueError("model: expected the model that the GraphedDecoder was made for, got another one")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"past_key_values: expected no tokens in it, got {cache.get_seq_length()}")
-        mask = model_kwargs.get("attention_mask")
-        return decoding_loop(self, input_ids, logits_processor, stopping_criteria, generation_config, mask)
+        mask, positions = prompt_arguments(model_kwargs)
+        return decoding_loop(self, input_ids, logits_processor, stopping_criteria, generation_config, mask, positions)
 
 
 def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:
@@ -355,8 +238,8 @@ def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:
     return [int(n) for n in (~shown).sum(-1).tolist()]
 
 
-def _until_all_ended(out: Tensor, length: int, eos: int) -> Tensor:
-    """``out`` without the columns in which every row has ended already."""
-    ended = (out[:, length:] == eos).long().cumsum(-1) > 0
+def _until_all_ended(new: Tensor, eos: Tensor) -> Tensor:
+    """``new`` ``[B, n]`` without the columns in which every row has ended already."""
+    ended = torch.isin(new, eos).long().cumsum(-1) > 0
     columns = int((~ended.all(0)).sum().item()) + 1
-    return out[:, : length + columns]
+    return new[:, :columns]

@@ -1,22 +1,125 @@
-"""What stands between one attention module and the cache: a forward pre-hook on this instance, nothing else."""
+"""How settings get to a model and its caches: one pre-hook on the model, which keeps nothing of a call."""
 
 from __future__ import annotations
 
-import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unique_attn.cache import Call, UniqueLayer, adopt
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import shares_kv, warn_once
+from unique_attn.hf.cache import adopt
+from unique_attn.hf.compat import Cache, PreTrainedModel
 
 if TYPE_CHECKING:
     from unique_attn.hf.training import TrainState
 
 IMPLEMENTATION = "unique"
-_ATTRIBUTE = "_unique_attn_hook"
+SAVED = "unique_attn"  # attribute of a model's config: the settings as a dictionary
+_ATTRIBUTE = "_unique_attn_hook"  # of attention modules
+_attaching = threading.Lock()
+
+
+class CacheHook:
+    """Settings of a model; called before its forward, it gives the caches among the arguments layers with pages.
+
+    Caches are found by their type, whatever the argument is called. Every attention module has a reference to it.
+
+    Attributes:
+        config: settings for caches that have none of their own.
+        train: what the layers of the model share in training, None if its training is dense.
+    """
+
+    def __init__(self, config: UniqueConfig, train: TrainState | None = None, *, outermost: bool = False) -> None:
+        """``outermost``: whether the caches that it sees come from outside of the model, empty ones too."""
+        self.config = config
+        self.train = train
+        self.outermost = outermost
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # compiled models decode densely
+            return
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Cache):
+                config = language_config(module)
+                if config is None or config._attn_implementation == IMPLEMENTATION:
+                    adopt(given, self.config, empty=self.outermost)
+
+
+def hook_of(module: nn.Module) -> CacheHook | None:
+    """The hook that an attention module belongs to, if there is one."""
+    return vars(module).get(_ATTRIBUTE)
+
+
+def attach(model: nn.Module, config: UniqueConfig, train: TrainState | None = None) -> CacheHook:
+    """Put these settings on ``model``, in place of those that are there."""
+    detach(model)
+    outer, inner = CacheHook(config, train, outermost=True), CacheHook(config, train)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(outer if module is model else inner, with_kwargs=True)
+        if attends(module):
+            setattr(module, _ATTRIBUTE, outer)
+    return outer
+
+
+def attach_late(module: nn.Module) -> CacheHook:
+    """Settings for an attention module whose model nobody enabled: those saved in its config, or the defaults.
+
+    The module is all that the attention function knows then, so the hook is on it, for calls to come.
+    """
+    with _attaching:
+        hook = hook_of(module)
+        if hook is None:
+            hook = CacheHook(saved_settings(getattr(module, "config", None)))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            setattr(module, _ATTRIBUTE, hook)
+        return hook
+
+
+def detach(model: nn.Module) -> None:
+    """Take all hooks off."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, CacheHook):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        vars(module).pop(_ATTRIBUTE, None)
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether ``module`` is one that may call the attention function with a layer of a cache."""
+    if getattr(module, "layer_idx", None) is None:
+        return False
+    return hasattr(module, "is_causal") or "Attention" in type(module).__name__
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` for which :func:`attends` holds."""
+    return [module for module in model.modules() if attends(module)]
+
+
+def language_config(module: nn.Module) -> Any:
+    """The config of the language model in ``module``, or None."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+
+
+def saved_settings(config: Any) -> UniqueConfig:
+    """The settings that a model's config brought along, or the defaults.
+
+    Raises:
+        ValueError, TypeError: they are no settings of this version.
+    """
+    values = getattr(config, SAVED, None)
+    return UniqueConfig() if values is None else UniqueConfig.from_dict(values)
+
+
+# ---- Watching what is selected. ----
 
 
 class SelectionRecord(NamedTuple):
@@ -27,98 +130,22 @@ class SelectionRecord(NamedTuple):
     pages: Tensor  # int32 [B, T, H, k], logical pages in ascending order, then -1
 
 
-class AttentionHook:
-    """Called before a module's forward: gives its layer of the cache pages, and tells it the mask.
-
-    Attributes:
-        config: settings for caches that have none of their own.
-        dense_reason: why this module cannot use pages, None if it can. Known after its first call with a cache.
-        known: whether ``dense_reason`` is known.
-        records: where decode steps note their selection, None for nowhere.
-        train: what the layers of the model share in training, None if its training is dense.
-        cached: whether the call in progress was given a cache. Known only if there is ``train``.
-        shares_kv: whether layers of the model share keys and values.
-    """
-
-    def __init__(self, module: nn.Module, config: UniqueConfig) -> None:
-        self.config = config
-        self.dense_reason: str | None = None
-        self.known = False
-        self.records: list[SelectionRecord] | None = None
-        self.train: TrainState | None = None
-        self.cached = False
-        self._layer: UniqueLayer | None = None
-        names = list(inspect.signature(module.forward).parameters)
-        self._cache_names = [name for name in ("past_key_values", "past_key_value") if name in names]
-        self._positions = {name: i for i, name in enumerate(names)}
-        self.shares_kv = shares_kv(getattr(module, "config", None))
-        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.train is not None:
-            self.cached = any(self._find(name, args, kwargs) is not None for name in self._cache_names)
-        if torch.compiler.is_compiling():  # compiled models decode densely
-            return
-        self._layer = None
-        layer_idx: Any = getattr(module, "layer_idx", None)
-        config: Any = getattr(module, "config", None)
-        if layer_idx is None or config._attn_implementation != IMPLEMENTATION:
-            return
-        caches = [self._find(name, args, kwargs) for name in self._cache_names]
-        cache = next((each for each in caches if each is not None), None)
-        if cache is not None and self.shares_kv:
-            warn_once("layers that share keys and values stay dense", "shared", type(module))
-            return
-        layer = adopt(cache, layer_idx, self.config)
-        if layer is None:
-            return
-        reason = self.dense_reason if self.known else "not known yet"
-        if layer_idx in layer.state.config.dense_layers:
-            reason = "listed in dense_layers"
-        layer.announce(Call(self._find("attention_mask", args, kwargs), reason))
-        self._layer = layer
-
-    def take_layer(self) -> UniqueLayer | None:
-        """The cache layer of the call in progress, for the attention function; None if there is none."""
-        layer, self._layer = self._layer, None
-        return layer
-
-    def remove(self, module: nn.Module) -> None:
-        """Take the hook off ``module``."""
-        self._handle.remove()
-        delattr(module, _ATTRIBUTE)
-
-    def _find(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        position = self._positions.get(name, len(args))
-        return args[position] if position < len(args) else None
+_recorders: ContextVar[tuple[tuple[list[CacheHook], list[SelectionRecord]], ...]] = ContextVar("recorders", default=())
 
 
-def hook_of(module: nn.Module) -> AttentionHook | None:
-    """The hook on ``module``, if it has one."""
-    return vars(module).get(_ATTRIBUTE)
+@contextmanager
+def recording(hooks: Sequence[CacheHook]) -> Iterator[list[SelectionRecord]]:
+    """Collect the decode steps of modules with these hooks that run in this context (so, in this thread)."""
+    records: list[SelectionRecord] = []
+    token = _recorders.set((*_recorders.get(), (list(hooks), records)))
+    try:
+        yield records
+    finally:
+        _recorders.reset(token)
 
 
-def attach(module: nn.Module, config: UniqueConfig) -> AttentionHook:
-    """Put a hook with these settings on ``module``, in place of one that is there."""
-    old = hook_of(module)
-    if old is not None:
-        old.remove(module)
-    hook = AttentionHook(module, config)
-    setattr(module, _ATTRIBUTE, hook)
-    return hook
-
-
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` that attend through a cache."""
-    return [module for module in model.modules() if _attends(module)]
-
-
-def _attends(module: nn.Module) -> bool:
-    if getattr(module, "layer_idx", None) is None:
-        return False
-    if not (hasattr(module, "is_causal") or "Attention" in type(module).__name__):
-        return False
-    names = inspect.signature(module.forward).parameters
-    return "past_key_values" in names or "past_key_value" in names
+def note(hook: CacheHook, record: SelectionRecord) -> None:
+    """Give a record to those who asked for it."""
+    for hooks, records in _recorders.get():
+        if any(hook is each for each in hooks):
+            records.append(record)

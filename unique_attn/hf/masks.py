@@ -7,10 +7,18 @@ from torch import Tensor
 
 
 def is_step_mask(mask: Tensor, batch: int, num_tokens: int, length: int) -> bool:
-    """Whether ``mask`` is a boolean ``[B or 1, 1, T, length]``, by its host-side facts alone."""
-    if mask.dtype != torch.bool or mask.dim() != 4:
+    """Whether ``mask`` is ``[B or 1, 1, T, length]``, boolean or additive, by its host-side facts alone."""
+    if mask.dim() != 4 or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
         return False
     return mask.shape[0] in (1, batch) and tuple(mask.shape[1:]) == (1, num_tokens, length)
+
+
+def visible(mask: Tensor) -> tuple[Tensor, Tensor | bool]:
+    """Where ``mask`` shows a key, and whether it only shows and hides (a bool tensor): an additive one may do more."""
+    if mask.dtype == torch.bool:
+        return mask, True
+    shown = mask == 0
+    return shown, (shown | (mask <= torch.finfo(mask.dtype).min / 2)).all()
 
 
 def causal_mask(padding: Tensor, num_tokens: int, length: int) -> Tensor:
@@ -29,9 +37,9 @@ def left_padding(mask: Tensor | None, batch: int, num_tokens: int, length: int) 
         return [0] * batch
     if not is_step_mask(mask, batch, num_tokens, length):
         return None
-    mask = mask.expand(batch, -1, -1, -1)
-    padding = length - mask[:, 0, -1].sum(-1)
-    fits = (mask == causal_mask(padding, num_tokens, length)).all() & (padding <= length - num_tokens).all()
+    shown, plain = visible(mask.expand(batch, -1, -1, -1))
+    padding = length - shown[:, 0, -1].sum(-1)
+    fits = (shown == causal_mask(padding, num_tokens, length)).all() & (padding <= length - num_tokens).all() & plain
     *values, ok = torch.cat([padding, fits[None].to(padding.dtype)]).tolist()
     return values if ok else None
 
@@ -40,9 +48,9 @@ def shows_padding(mask: Tensor | None, padding: Tensor) -> bool:
     """Whether ``mask`` lets some query see a position that ``padding`` ``[B]`` hides. Waits for the device."""
     if mask is None or mask.dim() != 4:
         return bool((padding > 0).any())
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     hidden = torch.arange(mask.shape[-1], device=mask.device) < padding[:, None, None, None]
-    return bool((visible & hidden).any())
+    return bool((shown & hidden).any())
 
 
 class MaskWatch:
@@ -53,13 +61,14 @@ class MaskWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._differs = torch.zeros((), dtype=torch.bool, device=device)
-        self._host = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        self._host = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._copied: torch.cuda.Event | None = None
 
     def submit(self, mask: Tensor, padding: Tensor) -> bool:
         """Check ``mask`` ``[B, 1, 1, length]``; True if this or an earlier one is known to differ by now."""
-        expected = causal_mask(padding, 1, mask.shape[-1])
-        self._differs = self._differs | (mask != expected).any()
+        shown, plain = visible(mask)
+        differs = (shown != causal_mask(padding, 1, mask.shape[-1])).any()
+        self._differs = self._differs | (differs if plain is True else differs | ~plain)
         if self._copied is not None and not self._copied.query():
             return False  # the copy that is under way will be followed by one with this result
         known = self._copied is not None and bool(self._host)

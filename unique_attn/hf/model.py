@@ -4,77 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import PreTrainedModel, eager_attention, family_supports_sdpa, warn_once
-from unique_attn.hf.hooks import IMPLEMENTATION, SelectionRecord, attach, attention_modules, hook_of
+from unique_attn.hf.compat import PreTrainedModel, eager_only, warn_once
+from unique_attn.hf.hooks import (
+    IMPLEMENTATION,
+    SAVED,
+    SelectionRecord,
+    attach,
+    attention_modules,
+    detach,
+    hook_of,
+    language_config,
+    recording,
+    saved_settings,
+)
 from unique_attn.hf.lazy import register
+from unique_attn.hf.reasons import never_sparse
 from unique_attn.hf.training import TrainState
 from unique_attn.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=nn.Module)
-_BEFORE = "_unique_attn_before"  # attribute of the model: the implementation that disable() restores
+_BEFORE = "_unique_attn_before"  # attribute of the model: what disable() restores
 
 
-def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig | None = None) -> Model:
+class _Before(NamedTuple):
+    implementation: str
+    saved: Any  # settings in the config
+
+
+def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig | None = None, **fields: Any) -> Model:
     """Let ``model`` decode page-sparsely, in ``generate()`` and in plain forward calls with a cache.
 
-    Sets the attention implementation to ``"unique"`` and puts a forward pre-hook on each attention module of this
-    instance. Prefill and contexts below ``config.dense_below`` stay dense. May be called again with other settings,
-    which hold for caches made from then on.
+    Sets the attention implementation to ``"unique"``, puts a forward pre-hook on this instance and the transformers
+    models in it, and writes the settings into its ``config``, with which they are saved. Prefill and contexts below
+    ``config.dense_below`` stay dense. May be called again with other settings, which hold for caches made from then on.
+    A model of which no layer could ever be sparse keeps its own attention, with a warning that says why.
+
+    Threads may use one model at once, each with caches of its own.
 
     Args:
         model: a transformers model, or a module that contains one.
-        config: settings; the defaults if None.
-        train: how the model trains: while it is in training mode and attends to no earlier tokens of a cache, its
-            full-attention layers use the mask of :func:`unique_attn.train.masked_attention` with ``config``'s pages.
-            None for dense training. Drive it with :class:`unique_attn.hf.SparsityCallback` or ``update`` of
+        config: settings; if None those that the model was saved with, else the defaults.
+        train: how the model trains: while it is in training mode and is given no cache, its full-attention layers use
+            the mask of :func:`unique_attn.train.masked_attention` with ``config``'s pages. None for dense training.
+            Drive it with :class:`unique_attn.hf.SparsityCallback` or ``update`` of
             ``unique_attn.hf.train_state(model)``. ``eval()`` and ``generate()`` do not change.
+        fields: fields of :class:`UniqueConfig` that differ from ``config``: ``enable(model, budget=1024)``.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` holds no transformers model, ``config`` is no :class:`UniqueConfig` or ``train`` no
-            :class:`TrainConfig`.
-        ValueError: the model's attention cannot be replaced through transformers' attention interface, or ``config``
-            has no training mask.
+        TypeError: ``model`` holds no transformers model, ``config`` is no :class:`UniqueConfig`, ``train`` no
+            :class:`TrainConfig`, or a field is unknown.
+        ValueError: the model's attention cannot be replaced through transformers' attention interface, a field has a
+            value that is not allowed, there is no such layer, or ``config`` has no training mask.
     """
     if config is not None and not isinstance(config, UniqueConfig):
         raise TypeError(f"config: expected a UniqueConfig or None, got {type(config).__name__}")
-    config = UniqueConfig() if config is None else config
     if train is not None and not isinstance(train, TrainConfig):
         raise TypeError(f"train: expected a TrainConfig or None, got {type(train).__name__}")
-    state = None if train is None else TrainState(config, train)
     inner = _transformers_model(model)
+    text, key = _language_config(inner)
+    config = _with_fields(saved_settings(text) if config is None else config, fields)
+    state = None if train is None else TrainState(config, train)
     modules = attention_modules(inner)
     if not modules:
         raise ValueError(f"model: expected attention modules with a cache, got {type(inner).__name__} without any")
+    layers = {int(module.layer_idx) for module in modules}  # type: ignore[arg-type]
+    missing = sorted(set(config.dense_layers) - layers)
+    if missing:
+        raise ValueError(f"config.dense_layers: expected layers from 0 to {max(layers)}, got {missing}")
+    detach(inner)
+    reason = never_sparse(inner, modules)
+    if reason is not None:
+        warn_once(f"{type(inner).__name__} keeps its own attention and is dense: {reason}", type(inner), reason)
+        return disable(model)
     register()
-    text, key = _language_config(inner)
-    before = text._attn_implementation
-    if before != IMPLEMENTATION:
+    before = _Before(text._attn_implementation, getattr(text, SAVED, None))
+    if before.implementation != IMPLEMENTATION:
         inner.set_attn_implementation(_only(key, IMPLEMENTATION))
         if text._attn_implementation != IMPLEMENTATION:
             raise ValueError(
                 f"model: expected a family that uses transformers' AttentionInterface, got {type(inner).__name__}"
             )
         setattr(inner, _BEFORE, before)
-    for module in modules:
-        attach(module, config).train = state
+    setattr(text, SAVED, config.to_dict())
+    attach(inner, config, state)
     if state is not None:
         state.prepare(modules)
-    if all("sliding" in kind for kind in _layer_types(text)):
-        name = type(inner).__name__
-        warn_once(f"every layer of {name} has a sliding window, so none is sparse", type(inner), "sliding")
     return model
 
 
 def disable(model: Model) -> Model:
-    """Undo :func:`enable`: restore the attention implementation from before and remove the hooks.
+    """Undo :func:`enable`: restore the attention implementation from before and remove hooks and settings.
 
     A model that was loaded with ``attn_implementation="unique"`` gets ``sdpa``, or ``eager`` if its family has no
     sdpa. Does nothing on a model that is not enabled. A cache on pages stays usable; it turns dense.
@@ -87,22 +115,22 @@ def disable(model: Model) -> Model:
     """
     inner = _transformers_model(model)
     text, key = _language_config(inner)
-    hooked = [(module, hook) for module in inner.modules() if (hook := hook_of(module)) is not None]
-    for module, hook in hooked:
-        hook.remove(module)
-    before = vars(inner).pop(_BEFORE, None)
+    detach(inner)
+    before: _Before | None = vars(inner).pop(_BEFORE, None)
+    if before is not None:
+        if before.saved is None:
+            vars(text).pop(SAVED, None)
+        else:
+            setattr(text, SAVED, before.saved)
     if text._attn_implementation == IMPLEMENTATION:
-        if before is None:
-            modules = attention_modules(inner)
-            usual = all(family_supports_sdpa(type(m)) or eager_attention(type(m)) is None for m in modules)
-            before = "sdpa" if usual else "eager"
-        inner.set_attn_implementation(_only(key, before))
+        usual = "eager" if any(eager_only(module) for module in attention_modules(inner)) else "sdpa"
+        inner.set_attn_implementation(_only(key, usual if before is None else before.implementation))
     return model
 
 
 @contextmanager
 def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
-    """Collect which pages every layer selects in the decode steps inside the ``with`` block.
+    """Collect which pages every layer selects in the decode steps inside the ``with`` block, of this thread.
 
     Yields a list that grows by one :class:`SelectionRecord` ``(layer_idx, seq_lens, pages)`` per sparse layer and
     step, in the order of execution; the tensors stay on their device and nothing waits for it. Costs nothing outside.
@@ -115,16 +143,9 @@ def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
     implementation = _language_config(inner)[0]._attn_implementation
     if implementation != IMPLEMENTATION:
         raise ValueError(f"model: expected the attention implementation {IMPLEMENTATION!r}, got {implementation!r}")
-    hooks = [hook_of(module) or attach(module, UniqueConfig()) for module in attention_modules(inner)]
-    before = [hook.records for hook in hooks]
-    records: list[SelectionRecord] = []
-    for hook in hooks:
-        hook.records = records
-    try:
+    hooks = [hook for module in attention_modules(inner) if (hook := hook_of(module)) is not None]
+    with recording(hooks or [attach(inner, saved_settings(_language_config(inner)[0]))]) as records:
         yield records
-    finally:
-        for hook, old in zip(hooks, before):
-            hook.records = old
 
 
 def _transformers_model(model: Any) -> Any:
@@ -138,20 +159,21 @@ def _transformers_model(model: Any) -> Any:
 
 def _language_config(model: Any) -> tuple[Any, str | None]:
     """The config of the language model, and its key in ``model.config`` if it is a part of that."""
-    text = model.config.get_text_config(decoder=True)
+    text = language_config(model)
     for key in getattr(model.config, "sub_configs", {}):
         if getattr(model.config, key, None) is text:
             return text, key
     return model.config, None
 
 
+def _with_fields(config: UniqueConfig, fields: dict[str, Any]) -> UniqueConfig:
+    known = config.to_dict()
+    unknown = sorted(name for name in fields if name not in known)
+    if unknown:
+        raise TypeError(f"enable: expected fields of UniqueConfig ({', '.join(known)}), got {', '.join(unknown)}")
+    return replace(config, **fields)
+
+
 def _only(key: str | None, implementation: str) -> Any:
     """For ``set_attn_implementation``: other parts of a model, such as a vision encoder, keep theirs."""
     return implementation if key is None else {key: implementation}
-
-
-def _layer_types(text_config: Any) -> list[str]:
-    types = getattr(text_config, "layer_types", None)
-    if types is None:
-        types = ["sliding" if getattr(text_config, "sliding_window", None) is not None else "full"]
-    return list(types)

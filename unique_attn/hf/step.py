@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from unique_attn.hf.compat import cache_argument
 
 Sampler = Callable[[Tensor], Tensor]
 
@@ -57,13 +60,14 @@ class GraphedStep:
 
     Args:
         model: a causal language model in eval mode, whose attention writes to and reads from ``cache``.
-        cache: what the model gets as ``past_key_values``.
+        cache: what the model gets as its cache.
         batch: rows.
         sample: next tokens ``[B]`` from logits ``[B, vocabulary]``. On CUDA it is captured too.
     """
 
     def __init__(self, model: nn.Module, cache: StepCache, batch: int, sample: Sampler = greedy) -> None:
         self.model, self.cache, self.sample = model, cache, sample
+        self._cache_argument = cache_argument(model)
         self.device = next(model.parameters()).device
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
         self.logits: Tensor | None = None  # [B, vocabulary] of the last step
@@ -79,7 +83,8 @@ class GraphedStep:
         if self._graph is None:
             self._step()
         else:
-            self._graph.replay()
+            with torch.cuda.device(self.device):
+                self._graph.replay()
 
     def keep(self, logits: Tensor) -> None:
         """Copy logits ``[B, vocabulary]`` into the place where steps leave theirs."""
@@ -98,27 +103,37 @@ class GraphedStep:
         changed = [self.tokens, *self.cache.counters()]
         before = [each.clone() for each in changed]
         logits = None if self.logits is None else self.logits.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what libraries set up in their first calls
+        with torch.cuda.device(self.device), _autocast_without_cache():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what libraries set up in their first calls
+                    self._step()
+                    restore(changed, before)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on to use the device meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
-                restore(changed, before)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._graph = graph
-        restore(changed, before)
-        if logits is not None:
-            self.keep(logits)
+            self._graph = graph
+            restore(changed, before)
+            if logits is not None:
+                self.keep(logits)
 
     def _step(self) -> None:
         positions = self.cache.advance()
-        logits = self.model(self.tokens, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
+        cache = {self._cache_argument: self.cache}
+        logits = self.model(self.tokens, position_ids=positions, use_cache=True, **cache).logits
         self.keep(logits[:, -1])
         assert self.logits is not None
         self.tokens.copy_(self.sample(self.logits)[:, None])
+
+
+def _autocast_without_cache() -> AbstractContextManager[Any]:
+    """Autocast as it is, but for its cache of cast weights, which would be gone when a captured step is replayed."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from unique_attn import ops
 from unique_attn.config import UniqueConfig
-from unique_attn.decode import unsupported
-from unique_attn.hf.compat import family_supports_sdpa, warn_once
+from unique_attn.hf.compat import eager_only, warn_once
+from unique_attn.hf.handover import Refusal
 from unique_attn.train import masked_attention, packed_index, page_slots
 from unique_attn.train_config import TrainConfig, check_progress
 
@@ -182,7 +182,7 @@ class TrainState:
     def prepare(self, modules: list[nn.Module]) -> None:
         """Make what is otherwise made in the first forward of these attention modules, so that it compiles once."""
         for module in modules:
-            family_supports_sdpa(type(module))
+            eager_only(module)
             for device in {parameter.device for parameter in module.parameters()}:
                 self.tau_on(device)
 
@@ -223,8 +223,7 @@ class TrainState:
         mask: Tensor | None,
         scaling: float | None,
         kwargs: dict[str, Any],
-        cached: bool,
-        reason: str | None,
+        refusal: Refusal | None,
     ) -> Tensor | None:
         """Attention with the training mask now, or None if this layer or call is dense.
 
@@ -235,21 +234,21 @@ class TrainState:
             value: like ``key``.
             mask: what the mask function returned, or a mask of the user's.
             scaling: factor of the logits; None for ``1 / sqrt(D)``.
-            kwargs: the other arguments of the attention function; ``cu_seq_lens_q`` and ``max_length_q`` are used.
-            cached: the call fills a cache, for which transformers makes no mask of packed ``position_ids``.
-            reason: why the call cannot use pages; None if it can.
+            kwargs: the other arguments of the attention function; ``cu_seq_lens_q``, ``max_length_q``,
+                ``position_ids`` and ``use_cache`` are used.
+            refusal: why the call cannot use pages; None if it can.
 
         Returns:
             ``[B, L, Hq, D]`` or None.
         """
         if self.mode == "dense" or getattr(module, "layer_idx", None) in self.config.dense_layers:
             return None
-        reason = reason or unsupported(query, key, value)
-        layout = None if reason else self._layout(mask, query, kwargs, cached)
+        layout = None if refusal else self._layout(mask, query, kwargs)
         if layout is None:
-            reason = reason or CUSTOM_MASK
-            if not reason.endswith("sliding window"):
-                warn_once(f"{type(module).__name__} trains dense: {reason}", "train", type(module), reason)
+            refusal = refusal or Refusal(CUSTOM_MASK)
+            if not refusal.quiet:
+                name, reason = type(module).__name__, refusal.reason
+                warn_once(f"{name} trains dense: {reason}", "train", type(module), reason)
             return None
         q, k, v = (layout.pack(x) for x in (query, key, value))
         if self.collect:
@@ -274,8 +273,9 @@ class TrainState:
         )
         return layout.unpack(out, query.shape[0])
 
-    def _layout(self, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any], cached: bool) -> Layout | None:
+    def _layout(self, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]) -> Layout | None:
         batch, _, length, _ = query.shape
+        cached = kwargs.get("use_cache") is not False  # then transformers makes no mask of packed position_ids
         bounds = packing(kwargs)
         if mask is None and bounds is not None:
             longest = kwargs.get("max_length_q")

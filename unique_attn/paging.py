@@ -2,15 +2,20 @@
 
 Works on tensors alone; the Hugging Face cache and any other engine build on it. :class:`PagedTable` is the part that
 all layers of a model share, :class:`LayerPages` what each layer has of its own.
+
+Several tables may share one :class:`SharedPool`, and so the storage of its blocks: the forks of a cache. Each of them
+may be used by another thread, if every use is inside :meth:`LayerPages.exclusive`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +39,19 @@ class OutOfStepError(RuntimeError):
         super().__init__(f"{what}. A forward pass was interrupted or a single layer was changed: reset() the cache.")
 
 
-@dataclass
-class Change:
-    """One operation on a :class:`PagedTable`, and what each layer must do for it."""
+class SharedPool(PagePool):
+    """A :class:`PagePool` whose blocks several threads may use, each under the lock (:meth:`LayerPages.exclusive`)."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks=num_blocks, block_size=block_size)
+        self.lock = threading.RLock()
+
+
+class Change(NamedTuple):
+    """One operation on a :class:`PagedTable`, by which its layers tell whether they are at the same one."""
 
     name: str
     argument: Any
-    copies: list[tuple[int, int]]  # (src, dst) blocks to copy before anything is written
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def is_same(self, name: str, argument: Any) -> bool:
         if name != self.name:
@@ -52,13 +62,6 @@ class Change:
             both = isinstance(argument, Tensor) and isinstance(self.argument, Tensor)
             return both and argument.shape == self.argument.shape and torch.equal(argument, self.argument)
         return bool(argument == self.argument)
-
-    def copies_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``src`` and ``dst``, int64, on ``device``."""
-        if device not in self._on_device:
-            src, dst = torch.tensor(self.copies, dtype=torch.long).to(device, non_blocking=True).unbind(1)
-            self._on_device[device] = (src, dst)
-        return self._on_device[device]
 
 
 @dataclass
@@ -73,15 +76,17 @@ class PagedTable:
     """The sequences of one cache in a :class:`PagePool`: which block holds which token, for all layers at once.
 
     The layers of a model all go through the same operations, one layer after the other. The first layer to
-    reach an operation has it carried out here; the others find its :class:`Change`. To tell which is which, a
-    layer passes the ``version`` it has reached; afterwards it is at the next one. A layer that fell out of step
-    (an exception in the middle of a forward, say) gets an :class:`OutOfStepError`.
+    reach an operation has it carried out here, with the copies of blocks that it takes in the storage of every layer;
+    the others find its :class:`Change`. To tell which is which, a layer passes the ``version`` it has reached;
+    afterwards it is at the next one. A layer that fell out of step (an exception in the middle of a forward, say) gets
+    an :class:`OutOfStepError`.
 
     Positions: row b holds ``length`` tokens, of which the first ``padding[b]`` are left padding that is not stored.
     """
 
-    def __init__(self, pool: PagePool, seqs: list[int], lengths: list[int], padding: list[int]) -> None:
+    def __init__(self, pool: SharedPool, seqs: list[int], lengths: list[int], padding: list[int]) -> None:
         self.pool = pool
+        self.storages: list[LayerPages] = []  # of the layers that are on pages
         self.seqs = seqs
         self.lengths = lengths  # stored tokens of each row
         self.padding = padding  # left padding of each row
@@ -94,7 +99,7 @@ class PagedTable:
         """A pool and in it one sequence of ``length - padding[b]`` tokens for each row b."""
         lengths = [length - pad for pad in padding]
         blocks = sum(-(-(tokens + SPARE_TOKENS) // block_size) for tokens in lengths)
-        pool = PagePool(num_blocks=blocks, block_size=block_size)
+        pool = SharedPool(num_blocks=blocks, block_size=block_size)
         seqs = [pool.create() for _ in lengths]
         pool.append_many(seqs, lengths)
         return cls(pool, seqs, lengths, list(padding))
@@ -112,32 +117,32 @@ class PagedTable:
 
     # ---- Operations, each carried out once for all layers. ----
 
-    def append(self, version: int, num_tokens: int) -> Change:
+    def append(self, version: int, num_tokens: int) -> None:
         """Make room for ``num_tokens`` more tokens in every row."""
-        return self._once(version, "append", num_tokens, lambda: self._append(num_tokens))
+        self._once(version, "append", num_tokens, lambda: self._append(num_tokens))
 
-    def truncate(self, version: int, length: int) -> Change:
+    def truncate(self, version: int, length: int) -> None:
         """Drop the tokens from row position ``length`` on."""
-        return self._once(version, "truncate", length, lambda: self._truncate(length))
+        self._once(version, "truncate", length, lambda: self._truncate(length))
 
-    def select(self, version: int, rows: Any) -> Change:
+    def select(self, version: int, rows: Any) -> None:
         """Replace the rows by ``rows``, whatever can index a batch dimension; one row may appear several times."""
-        return self._once(version, "select", rows, lambda: self._select(self._row_numbers(rows)))
+        self._once(version, "select", rows, lambda: self._select(self._row_numbers(rows)))
 
-    def repeat(self, version: int, repeats: int) -> Change:
+    def repeat(self, version: int, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
         rows = [row for row in range(self.batch) for _ in range(repeats)]
-        return self._once(version, "repeat", repeats, lambda: self._select(rows))
+        self._once(version, "repeat", repeats, lambda: self._select(rows))
 
-    def _once(self, version: int, name: str, argument: Any, run: Callable[[], list[tuple[int, int]]]) -> Change:
+    def _once(self, version: int, name: str, argument: Any, run: Callable[[], None]) -> None:
         if version == self.version:
-            self.last = Change(name, argument, run())
+            run()
+            self.last = Change(name, argument)
             self.version += 1
         elif version != self.version - 1 or self.last is None or not self.last.is_same(name, argument):
             raise OutOfStepError(f"{name}: this layer is at operation {version}, its cache at {self.version}")
-        return self.last
 
-    def _append(self, num_tokens: int) -> list[tuple[int, int]]:
+    def _append(self, num_tokens: int) -> None:
         counts = [num_tokens] * self.batch
         try:
             copies = self.pool.append_many(self.seqs, counts)
@@ -145,6 +150,10 @@ class PagedTable:
             have = self.pool.num_blocks
             self.pool.grow(max(have + full.needed - full.free, have + have // 2))
             copies = self.pool.append_many(self.seqs, counts)
+        # In every layer now: what is to be copied stays as it is only until another sequence goes on.
+        for storage in self.storages:
+            storage.fit()
+            storage.copy_blocks(copies)
         size = self.pool.block_size
         new_blocks = copies or any(-(-n // size) != -(-(n + num_tokens) // size) for n in self.lengths)
         self.lengths = [n + num_tokens for n in self.lengths]
@@ -154,19 +163,17 @@ class PagedTable:
                 tables.block_table = None
             if tables.seq_lens is not None:  # advance on the device: nothing is uploaded in most steps
                 tables.seq_lens = tables.seq_lens + num_tokens
-        return copies
 
-    def _truncate(self, length: int) -> list[tuple[int, int]]:
+    def _truncate(self, length: int) -> None:
         self.padding = [min(pad, length) for pad in self.padding]
         self.lengths = [length - pad for pad in self.padding]
         for seq, tokens in zip(self.seqs, self.lengths):
             self.pool.truncate(seq, tokens)
         self._devices.clear()
-        return []
 
-    def _select(self, rows: list[int]) -> list[tuple[int, int]]:
+    def _select(self, rows: list[int]) -> None:
         if rows == list(range(self.batch)):
-            return []
+            return
         seqs: list[int] = []
         kept: set[int] = set()
         for row in rows:  # the first use of a row keeps its sequence, further ones share its blocks
@@ -179,12 +186,11 @@ class PagedTable:
         self.lengths = [self.lengths[row] for row in rows]
         self.padding = [self.padding[row] for row in rows]
         self._devices.clear()
-        return []
 
     def _row_numbers(self, rows: Any) -> list[int]:
         if isinstance(rows, Tensor):
             rows = rows.cpu()
-        return [int(row) for row in torch.arange(self.batch)[rows].reshape(-1).tolist()]
+        return [int(row) for row in torch.arange(self.batch, device="cpu")[rows].reshape(-1).tolist()]
 
     # ---- What the ops take. Made once per step and device, shared by the layers. ----
 
@@ -195,7 +201,7 @@ class PagedTable:
         """int32 ``[B]``: stored tokens of each row."""
         tables = self._on(device)
         if tables.seq_lens is None:
-            tables.seq_lens = torch.tensor(self.lengths, dtype=torch.int32).to(device, non_blocking=True)
+            tables.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
         return tables.seq_lens
 
     def block_table(self, device: torch.device) -> Tensor:
@@ -212,7 +218,7 @@ class PagedTable:
         """int64 ``[B]``: left padding of each row."""
         tables = self._on(device)
         if tables.padding is None:
-            tables.padding = torch.tensor(self.padding, dtype=torch.long).to(device, non_blocking=True)
+            tables.padding = torch.tensor(self.padding, dtype=torch.long, device="cpu").to(device, non_blocking=True)
         return tables.padding
 
     def slots(self, begin: int, end: int, device: torch.device) -> Tensor:
@@ -232,7 +238,7 @@ class PagedTable:
     def fork(self) -> PagedTable:
         """A table with the same rows that shares all blocks until one of the two writes to them."""
         copy = PagedTable(self.pool, [self.pool.fork(s) for s in self.seqs], list(self.lengths), list(self.padding))
-        copy.version, copy.last = self.version, self.last
+        copy.version, copy.last, copy.storages = self.version, self.last, list(self.storages)
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedTable:
@@ -249,7 +255,7 @@ class LayerPages:
     """Keys, values and page index of one layer: ``k``, ``v`` ``[num_blocks, H, block_size, D]`` and ``index``."""
 
     def __init__(
-        self, pool: PagePool, keys: Tensor, config: UniqueConfig, storage: tuple[Tensor, Tensor] | None = None
+        self, pool: SharedPool, keys: Tensor, config: UniqueConfig, storage: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Storage for the blocks of ``pool``; heads, head dim, dtype and device as ``keys`` ``[B, H, L, D]``.
 
@@ -263,23 +269,41 @@ class LayerPages:
                 new = torch.empty(shape, dtype=keys.dtype, device=keys.device)
                 storage = new, torch.empty_like(new)
             self.k, self.v = storage
+            if self.device.type == "cuda":
+                self._stream = torch.cuda.current_stream(self.device)  # where the blocks were used last
             self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
 
     @property
     def device(self) -> torch.device:
         return self.k.device
 
-    def apply(self, change: Change) -> None:
-        """Do in this layer what ``change`` asks for; to be called once for every change of the table."""
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While inside, no other thread uses the blocks of the pool. Work on another stream waits for that so far."""
+        with self.pool.lock:
+            if self.device.type == "cuda":
+                stream = torch.cuda.current_stream(self.device)
+                if stream != self._stream:
+                    stream.wait_stream(self._stream)
+                    self._stream = stream
+                    for tensor in (self.k, self.v, self.index):
+                        tensor.record_stream(stream)
+            yield
+
+    def fit(self) -> None:
+        """Grow to the blocks of the pool."""
         missing = self.pool.num_blocks - self.k.shape[0]
         if missing > 0:
             with torch.inference_mode(False):
                 self.k, self.v, self.index = (_longer(old, missing) for old in (self.k, self.v, self.index))
-        if change.copies:
-            src, dst = change.copies_on(self.device)
-            with torch.no_grad():
-                for tensor in (self.k, self.v, self.index):
-                    tensor[dst] = tensor[src]
+
+    @torch.no_grad()
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks ``src`` to ``dst``, given as pairs."""
+        if copies:
+            src, dst = torch.tensor(copies, device="cpu").to(self.device, non_blocking=True).unbind(1)
+            for tensor in (self.k, self.v, self.index):
+                tensor[dst] = tensor[src]
 
     @torch.no_grad()
     def write(self, k: Tensor, v: Tensor, table: PagedTable, begin: int) -> None:
@@ -409,6 +433,8 @@ def _has_kernel(device_type: str) -> bool:
 
 
 def _longer(tensor: Tensor, missing: int) -> Tensor:
+    if tensor.is_cuda:  # it may have been allocated on another stream than that of the copy
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return torch.cat([tensor, tensor.new_zeros((missing, *tensor.shape[1:]))])
 
 

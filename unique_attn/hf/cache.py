@@ -1,0 +1,408 @@
+"""The Hugging Face cache on paged storage: dense like a DynamicCache at first, pages once decoding pays."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unique_attn.config import UniqueConfig
+from unique_attn.hf.cache_state import CacheState
+from unique_attn.hf.compat import DynamicCache, DynamicLayer, cropped_length, warn_once
+from unique_attn.hf.handover import READ, Refusal, Step, hand_over, undifferentiable
+from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.paging import LayerPages, OutOfStepError, PagedTable
+
+_SHORT = Refusal("its context is short", quiet=True)
+_PREFILL = Refusal("it has many new tokens", quiet=True)
+_TREE = Refusal("its mask is special to this call", quiet=True)  # a tree of drafts, for example
+_HOLES = Refusal("its attention mask is not causal with left padding", quiet=True)
+_DTYPE = Refusal("its keys come in another dtype than before", quiet=True)
+_STEP = Refusal("nobody attended to its last tokens", quiet=True)
+
+
+class UniqueLayer(DynamicLayer):
+    """A cache layer that holds one tensor of keys and one of values at first, and pages later.
+
+    :meth:`update` hands over the new keys and values as a :class:`~unique_attn.hf.handover.Step`; what becomes of it
+    is decided by whoever attends. The attention function has a decode step (see :class:`UniqueConfig`) attend to pages
+    with :meth:`decode`, the first of which turns the layer to pages. Everybody else gets all keys and values by
+    :meth:`gather`, and a layer whose module computes with them stays dense.
+    """
+
+    is_sliding = False
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        self.dense: Refusal | None = None  # why the layer does not use pages until it is reset
+        self.lost_graph = False  # keys or values that required a gradient went through pages
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._pages: LayerPages | None = None  # together with the next three: set while on pages
+        self._table: PagedTable | None = None
+        self._version = 0  # operations of the table that this layer has done
+        self._length = 0  # tokens of a row, padding included
+        self._dtypes = (torch.float32, torch.float32)  # of keys and values; pages hold autocast's
+        self._step: Step | None = None  # handed over, and neither stored nor attended to yet
+        super().__init__()
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, state: CacheState) -> UniqueLayer:
+        """A layer with the contents of a plain ``DynamicLayer``."""
+        adopted = cls(state)
+        for name, value in vars(layer).items():
+            setattr(adopted, name, value)
+        return adopted
+
+    # ---- What transformers sees. ----
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, H, length, D]``. Gathered anew at every access while the layer is on pages."""
+        self._settle()
+        return self._keys if self._pages is None else self._contents()[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._leave_pages()
+        self._keys = value
+
+    @property
+    def values(self) -> Tensor | None:
+        """Like :attr:`keys`."""
+        self._settle()
+        return self._values if self._pages is None else self._contents()[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._leave_pages()
+        self._values = value
+
+    def get_seq_length(self) -> int:
+        """Tokens of a row, padding included."""
+        if self._step is not None:
+            return self._step.length
+        return self._stored()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take ``[B, H, T, D]`` new keys and values; returns what stands for all of them."""
+        self._settle()
+        if torch.compiler.is_compiling():  # compiled models decode densely
+            self._leave_pages()
+            return super().update(key_states, value_states)
+        if self._table is not None and key_states.shape[0] != self._table.batch:
+            raise ValueError(
+                f"key_states: expected the {self._table.batch} rows of the cache, got {key_states.shape[0]}"
+            )
+        step = Step(key_states, value_states, self._stored() + key_states.shape[2])
+        self._step = step
+        if self._pages is None:
+            step.refusal = self.dense or (_HOLES if self.state.refused else self._is_no_step(step))
+            if step.refusal is not None:
+                step.full = self.gather(step, step.refusal)
+        return hand_over(self, step)
+
+    def crop(self, amount: int) -> None:
+        """Drop tokens at the end; ``amount`` as in the installed transformers."""
+        self._settle()
+        if self._pages is None:
+            super().crop(amount)
+            return
+        length = cropped_length(amount, self._length)
+        if length < self._length:
+            with self._alone():
+                self._paged()[1].truncate(self._version, length)
+                self._version += 1
+            self._length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by the rows ``beam_idx``, for beam search."""
+        if not self._select(beam_idx):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # annotated as LongTensor, which no tensor is
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep only the rows ``indices``."""
+        if not self._select(indices):
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times; on pages the copies share their blocks."""
+        self._settle()
+        if self._pages is None:
+            super().batch_repeat_interleave(repeats)
+            return
+        with self._alone():
+            self._paged()[1].repeat(self._version, repeats)
+            self._version += 1
+
+    def reset(self) -> None:
+        """Forget everything; the layer is dense and empty again."""
+        self._pages = self._table = self._step = self.dense = None
+        self._keys = self._values = None
+        self.is_initialized = self.lost_graph = False
+        self.state.reset()
+
+    # ---- What the attention function sees (PagedLayer). ----
+
+    @property
+    def config(self) -> UniqueConfig:
+        return self.state.config
+
+    @property
+    def on_pages(self) -> bool:
+        return self._pages is not None
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """int32 ``[B]``: stored tokens of each row, padding not included. Only while on pages."""
+        pages, table = self._paged()
+        return table.seq_lens(pages.device)
+
+    def refuses(self, step: Step, query: Tensor, mask: Tensor | None) -> Refusal | None:
+        """Why ``query`` cannot attend to pages under ``mask``; None if it can.
+
+        Raises:
+            ValueError: the mask shows padding, whose keys and values were not kept.
+        """
+        if step.refusal is not None or step is not self._step:
+            return step.refusal or READ
+        if self._pages is None:
+            return self._cannot_enter(step, query, mask)
+        pages, table = self._paged()
+        if not self.state.agrees(mask, table, step.num_tokens, step.length):
+            return _HOLES if step.num_tokens == 1 else _TREE
+        return self._is_no_step(step) if self._fits(step, query, pages.k) else _DTYPE
+
+    def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the tokens of a step that the layer did not refuse, and attend with their queries ``[B, Hq, T, D]``."""
+        query, k, v = autocast_inputs(query.detach(), step.k.detach(), step.v.detach())
+        if self._pages is None:
+            self._enter_pages(step, k.dtype)
+        self.lost_graph |= step.k.requires_grad
+        with self._alone():
+            pages, table = self._append(step)
+            return pages.decode(query.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), table, scale)
+
+    def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B, H, length, D]``, those of the step included, and zeros in padding on pages.
+
+        The layer leaves its pages unless the reason is one that passes.
+        """
+        if step is not self._step and step.length != self.get_seq_length():
+            raise OutOfStepError(f"keys of {step.length} tokens were read after the cache went on")
+        if refusal.lasting:
+            self.dense = refusal
+        if refusal.lasting or refusal in (_SHORT, _HOLES, _DTYPE):
+            self._leave_pages(but=step)
+        if self._pages is not None:
+            self.lost_graph |= step.k.requires_grad
+            self._settle()
+            keys, values = self._contents()
+        else:
+            if step is self._step:
+                self._step = None
+                super().update(step.k, step.v)
+            assert self._keys is not None
+            assert self._values is not None
+            keys, values = self._keys, self._values
+        if self._pages is not None or self.lost_graph:
+            return undifferentiable(keys, step.k), undifferentiable(values, step.k)
+        return keys, values
+
+    # ---- On and off pages. ----
+
+    def _stored(self) -> int:
+        """Tokens of a row without those of a step that nobody has attended to."""
+        if self._pages is not None:
+            return self._length
+        return 0 if self._keys is None or self._keys.numel() == 0 else self._keys.shape[-2]
+
+    def _paged(self) -> tuple[LayerPages, PagedTable]:
+        assert self._pages is not None
+        assert self._table is not None
+        return self._pages, self._table
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No fork of this cache is at work in another thread meanwhile."""
+        return nullcontext() if self._pages is None else self._pages.exclusive()
+
+    def _is_no_step(self, step: Step) -> Refusal | None:
+        """Why this is no decode step on a context long enough for pages."""
+        config = self.state.config
+        if step.num_tokens > config.max_decode_tokens:
+            return _PREFILL
+        return _SHORT if step.length == step.num_tokens or step.length < config.dense_limit else None
+
+    @staticmethod
+    def _fits(step: Step, query: Tensor, stored: Tensor) -> bool:
+        """Whether queries, new keys and new values are of the dtype and on the device of what is stored."""
+        new = autocast_inputs(query, step.k, step.v)
+        return all(x.dtype == stored.dtype and x.device == stored.device for x in new)
+
+    def _cannot_enter(self, step: Step, query: Tensor, mask: Tensor | None) -> Refusal | None:
+        assert self._keys is not None
+        if not self._fits(step, query, autocast_inputs(self._keys)[0]):
+            return _DTYPE
+        state = self.state
+        padding = state.padding(mask, step.k.shape[0], step.num_tokens, step.length)
+        if padding is None:
+            if step.num_tokens > 1:
+                return _TREE
+            state.refused = True
+            warn_once("an attention mask is not causal with left padding: dense attention for this cache", "mask")
+            return _HOLES
+        step.padding = padding
+        return None
+
+    def _enter_pages(self, step: Step, dtype: torch.dtype) -> None:
+        """Write the dense contents to pages of ``dtype``, before or after the table made room for the step's tokens."""
+        state, keys, values = self.state, self._keys, self._values
+        assert keys is not None
+        assert values is not None
+        assert step.padding is not None
+        length = keys.shape[-2]
+        if state.table is None:
+            state.table = PagedTable.create(length, step.padding, state.config.block_size)
+        table = state.table
+        ahead = table.length - length
+        if table.batch != keys.shape[0] or ahead not in (0, step.num_tokens):
+            raise OutOfStepError(f"a layer holds {length} tokens, others {table.length}")
+        with table.pool.lock:
+            pages = LayerPages(table.pool, keys.to(dtype), state.config)
+            pages.write(keys.to(dtype), values.to(dtype), table, 0)
+            table.storages.append(pages)
+        self._pages, self._table, self._length = pages, table, length
+        self._version = table.version - (ahead > 0)
+        self._dtypes = keys.dtype, values.dtype
+        self._keys = self._values = None
+        self.lost_graph |= keys.requires_grad
+
+    def _append(self, step: Step) -> tuple[LayerPages, PagedTable]:
+        """Make room for the tokens of a step, which is settled thereby."""
+        pages, table = self._paged()
+        table.append(self._version, step.num_tokens)
+        pages.fit()
+        self._version += 1
+        self._length, self._step = step.length, None
+        return pages, table
+
+    def _settle(self) -> None:
+        """Store the tokens of a step that nobody has attended to."""
+        step = self._step
+        if step is None:
+            return
+        if self._pages is None:
+            self.gather(step, _STEP)
+            return
+        with self._alone():
+            pages, table = self._append(step)
+            pages.write(step.k.to(pages.k.dtype), step.v.to(pages.k.dtype), table, step.length - step.num_tokens)
+
+    def _contents(self) -> tuple[Tensor, Tensor]:
+        with self._alone():
+            pages, table = self._paged()
+            keys, values = pages.gather(table, self._length)
+        return keys.to(self._dtypes[0]), values.to(self._dtypes[1])
+
+    def _leave_pages(self, but: Step | None = None) -> None:
+        """Be dense again, with the tokens of a step that nobody has attended to unless it is ``but`` this one."""
+        if self._step is not but:
+            self._settle()
+        if self._pages is not None:
+            keys, values = self._contents()
+            self._pages = self._table = self.state.table = None
+            self._keys, self._values = keys, values
+
+    def _select(self, rows: Any) -> bool:
+        self._settle()
+        if self._pages is None:
+            return False
+        with self._alone():
+            self._paged()[1].select(self._version, rows)
+            self._version += 1
+        return True
+
+    # ---- Copies. ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UniqueLayer:
+        self._settle()
+        layer = memo[id(self)] = type(self).__new__(type(self))
+        with self._alone():
+            for name, value in vars(self).items():
+                # Blocks are copied on write, so the copy of a layer on pages shares its storage.
+                layer.__dict__[name] = value if name == "_pages" else copy.deepcopy(value, memo)
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        dense: dict[str, Any] = {"_keys": self.keys, "_values": self.values}
+        return {**vars(self), **dense, **dict.fromkeys(("_pages", "_table", "_step"))}
+
+
+class UniqueCache(DynamicCache):
+    """A transformers cache whose full-attention layers can turn to pages.
+
+    ``model.generate()`` needs none: the cache it makes gets the same layers. Pass one to share it between calls, to
+    fork it, or to give a cache settings of its own.
+
+    Threads: each thread needs a cache of its own. Forks of one cache are caches of their own, also while they share
+    blocks: every use of shared blocks is under a lock. A fork taken while another thread decodes with the cache itself
+    may hold layers of different lengths, and says so by :class:`~unique_attn.paging.OutOfStepError` when it is used.
+
+    Args:
+        config: settings; the defaults if None. They win over those of ``unique_attn.enable``.
+        model_config: the model's ``config``. With it, sliding-window layers keep only their window.
+
+    Raises:
+        TypeError: ``config`` is no :class:`UniqueConfig`.
+    """
+
+    def __init__(self, config: UniqueConfig | None = None, model_config: Any = None) -> None:
+        if config is not None and not isinstance(config, UniqueConfig):
+            raise TypeError(f"config: expected a UniqueConfig or None, got {type(config).__name__}")
+        if model_config is not None and not hasattr(model_config, "get_text_config"):
+            raise TypeError(f"model_config: expected a transformers config or None, got {type(model_config).__name__}")
+        super().__init__(config=model_config)
+        _turn(self, CacheState(UniqueConfig() if config is None else config))
+
+    @property
+    def unique_config(self) -> UniqueConfig:
+        """The settings of this cache."""
+        config: UniqueConfig = vars(self)[_STATE].config
+        return config
+
+    def fork(self) -> UniqueCache:
+        """A copy that continues on its own. Blocks of pages are shared until one of the two writes to them.
+
+        ``copy.deepcopy`` does the same, for this and for any cache that hooks have adopted.
+        """
+        return copy.deepcopy(self)
+
+
+def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
+    """Give a plain ``DynamicCache`` layers that can turn to pages, in place of its full-attention layers.
+
+    The cache object itself stays, because ``generate`` holds on to it. Does nothing to caches of other kinds.
+
+    Args:
+        cache: any transformers cache.
+        config: settings, for a cache that has none of its own.
+        empty: also if nothing is in the cache yet.
+    """
+    if type(cache) not in (DynamicCache, UniqueCache) or cache.offloading:
+        return
+    if _STATE not in vars(cache) and (empty or cache.get_seq_length() > 0):
+        _turn(cache, CacheState(config))
+
+
+_STATE = "_unique_attn"  # attribute of a cache with layers of ours
+
+
+def _turn(cache: DynamicCache, state: CacheState) -> None:
+    vars(cache)[_STATE] = state
+    cache.layers = [UniqueLayer.adopt(x, state) if type(x) is DynamicLayer else x for x in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = partial(UniqueLayer, state)  # type: ignore[assignment]  # it is only called

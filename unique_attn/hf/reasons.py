@@ -1,0 +1,158 @@
+"""Whether pages compute what an attention module asks for, by the arguments that it gives the attention function."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unique_attn.hf.compat import eager_only, shares_kv
+from unique_attn.hf.handover import Refusal
+from unique_attn.paging import unsupported
+
+SLIDING = Refusal("it has a sliding window", lasting=True, quiet=True)
+SINKS = ("s_aux", "sinks")  # the names under which families pass attention sinks
+
+# Arguments that the attention function uses, or that leave what attention computes as it is. Whatever else a module
+# passes may change it: the selection of a sparse attention of its own, say.
+USED = frozenset(
+    (
+        *SINKS,
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "max_length_k",
+        "max_length_q",
+        "output_attentions",
+        "position_bias",
+        "position_ids",
+        "sliding_window",
+        "softcap",
+        "use_cache",
+    )
+)
+HARMLESS = frozenset(
+    (
+        "attention_mask",
+        "cache_position",
+        "dropout",
+        "key",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "query",
+        "return_dict",
+        "scaling",
+        "seq_idx",
+        "value",
+    )
+)
+
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+class UnsupportedFeatureError(NotImplementedError):
+    """A model asks for a kind of attention that neither the ops nor the dense fallbacks compute."""
+
+
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of which nothing is known.
+
+    Raises:
+        UnsupportedFeatureError: one of them is not None.
+    """
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in USED | HARMLESS]
+    if unknown:
+        raise UnsupportedFeatureError(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, and unique_attn does not "
+            "know what that changes: use this model with its own attention (unique_attn.disable)"
+        )
+
+
+def never_sparse(model: Any, modules: Sequence[nn.Module]) -> str | None:
+    """Why no layer of a model could ever use pages; None if some may. Such a model keeps its own attention."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if all(_is_sliding(module) for module in modules):
+        return "every layer has a sliding window"
+    asked = {name for cls in {type(module) for module in modules} for name in _asked_for(cls)}
+    unknown = sorted(asked - USED - HARMLESS)
+    if unknown:
+        return f"its attention is told {', '.join(unknown)}, and unique_attn does not know what that changes"
+    if not asked & set(SINKS) and all(eager_only(module) for module in modules):
+        return "its family has eager attention only"
+    return None
+
+
+def _asked_for(cls: type) -> set[str]:
+    """The names that an attention module gives the arguments of its attention function, as its source has them."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))  # type: ignore[attr-defined]
+    except (AttributeError, OSError, SyntaxError, TypeError):  # no source: the attention function looks at each call
+        return set()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _passes_self(node)]
+    return {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
+
+
+def _passes_self(call: ast.Call) -> bool:
+    """Whether it is a call like ``attention_interface(self, query, ...)``."""
+    first = call.args[0] if call.args else None
+    return isinstance(call.func, ast.Name) and isinstance(first, ast.Name) and first.id == "self"
+
+
+def module_reason(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> Refusal | None:
+    """Why this module can never use pages; None if it can. ``key`` and ``value`` in any length."""
+    if kwargs.get("sliding_window") is not None or _is_sliding(module):
+        return SLIDING
+    reason = _lasting(module, query, key, value, kwargs)
+    return None if reason is None else Refusal(reason, lasting=True)
+
+
+def call_reason(dropout: float, kwargs: dict[str, Any]) -> Refusal | None:
+    """Why this call cannot read pages; None if it can."""
+    if kwargs.get("output_attentions"):
+        return Refusal("output_attentions needs all weights")
+    return Refusal("it uses dropout") if dropout > 0 else None
+
+
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a query sees no later tokens where no mask says so."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str | None:
+    if not is_causal(module, kwargs):
+        return "it is not causal"
+    if kwargs.get("softcap") is not None:
+        return "it softcaps its logits"
+    if kwargs.get("position_bias") is not None:
+        return "it uses position_bias"
+    if shares_kv(getattr(module, "config", None)):
+        return "layers of its model share keys and values"
+    sinks = [kwargs[name] for name in SINKS if kwargs.get(name) is not None]
+    if any(tuple(each.shape) != (query.shape[1],) for each in sinks):
+        return f"its attention sinks have shape {list(sinks[0].shape)}"
+    if not sinks and eager_only(module):
+        return "its family has eager attention only"
+    return unsupported(query, key, value)
+
+
+def _is_sliding(module: nn.Module) -> bool:
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and layer_idx is not None and layer_idx < len(types):
+        return "sliding" in types[layer_idx] or "chunked" in types[layer_idx]
+    if any(getattr(module, name, None) is not None for name in _WINDOWS):
+        return True
+    # A window that only the config knows, for every layer.
+    return types is None and any(getattr(config, name, None) is not None for name in _WINDOWS)

@@ -1,0 +1,203 @@
+"""A cache of fixed size on pages, whose lengths live on the device alone: what a captured step writes to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unique_attn.config import UniqueConfig
+from unique_attn.hf.cache import UniqueLayer
+from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicLayer
+from unique_attn.hf.handover import Refusal, Step, hand_over
+from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.paging import LayerPages, PagedTable, SharedPool
+
+
+class StaticLayer(CacheLayerMixin):
+    """One layer of a :class:`StaticPages`, for steps of one token.
+
+    Its storage never moves, and the number of tokens in it is known to the device alone.
+    """
+
+    is_compileable = is_sliding = False
+
+    def __init__(self, pages: StaticPages, layer_idx: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.layer_idx = layer_idx
+        self.storage: LayerPages | None = None  # since the first prefill
+        self._pages = weakref.proxy(pages)
+
+    # ---- What transformers sees. ----
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Storage comes with the first prefill."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the keys and values ``[B, H, 1, D]`` of a step; :meth:`decode` stores them."""
+        return hand_over(self, Step(key_states, value_states, self.get_seq_length() + key_states.shape[2]))
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens of the longest row, as far as the host knows."""
+        length: int = self._pages.host_length
+        return length
+
+    def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
+        """(keys, offset) of a step's mask, of which only its absence matters."""
+        return self.get_seq_length() + 1, 0
+
+    def get_max_length(self, *args: Any) -> int:
+        """Tokens that a row can hold."""
+        length: int = self._pages.max_length
+        return length
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5
+
+    # ---- What the attention function sees (PagedLayer). ----
+
+    @property
+    def config(self) -> UniqueConfig:
+        """The settings, in which no layer is dense: those that are listed read all their pages."""
+        return self._pages.layer_config
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """int32 ``[B]``: tokens of each row, the step's included."""
+        return self._pages.seq_lens
+
+    def refuses(self, step: Step, query: Tensor, mask: Tensor | None) -> Refusal | None:
+        """Nothing here refuses a step of one token."""
+        return None if step.num_tokens == 1 else Refusal(f"it has {step.num_tokens} tokens in a step")
+
+    def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the step's token and attend with ``query`` ``[B, Hq, 1, D]``."""
+        assert self.storage is not None
+        pages = self._pages
+        q, k, v = (x.transpose(1, 2) for x in autocast_inputs(query, step.k, step.v))
+        num_pages = pages.num_pages(self.layer_idx)
+        return self.storage.step((q, k, v), pages.block_table, pages.seq_lens, num_pages, scale)
+
+    def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
+        """Dense attention in a step: there is none here."""
+        raise NotImplementedError(
+            f"layer {self.layer_idx} cannot decode on pages, and a GraphedDecoder has nothing else: {refusal.reason}. "
+            "Use model.generate() without it"
+        )
+
+
+class StaticPages(Cache):
+    """A transformers cache of fixed size on pages, for decode steps of one token whose lengths live on the device.
+
+    Args:
+        config: settings.
+        num_layers: layers of the model.
+        batch: rows.
+        max_length: tokens that a row can hold.
+        device: where lengths and block table are.
+    """
+
+    def __init__(
+        self, config: UniqueConfig, num_layers: int, batch: int, max_length: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.layer_config = replace(config, dense_layers=())
+        self.max_length = max_length
+        self.host_length = 0
+        size = config.block_size
+        self.blocks_per_row = -(-max_length // size)
+        self.pool = SharedPool(num_blocks=batch * self.blocks_per_row, block_size=size)
+        self.table: PagedTable | None = None
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
+        self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
+        self.static_layers = [StaticLayer(self, i) for i in range(num_layers)]
+        self.layers = list(self.static_layers)
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def num_pages(self, layer_idx: int) -> int:
+        """Pages that a layer reads: all that a row can have in a dense layer."""
+        if layer_idx not in self.config.dense_layers:
+            return self.config.num_pages
+        return self.blocks_per_row * self.config.block_size // self.config.page_size
+
+    def fill(self, dense: Any, padding: list[int]) -> None:
+        """Begin with the keys and values of a filled ``DynamicCache``, of whose rows the first tokens are padding.
+
+        Raises:
+            NotImplementedError: a layer that holds something else than all keys and values.
+        """
+        if len(dense.layers) != len(self.static_layers):
+            raise NotImplementedError(
+                f"expected a cache of {len(self.static_layers)} layers, one for each attention module, got "
+                f"{len(dense.layers)}: use model.generate() without a GraphedDecoder"
+            )
+        for i, filled in enumerate(dense.layers):
+            _check_kind(i, filled)
+        length = dense.get_seq_length()
+        self.table = None  # gives its blocks back
+        seqs = [self.pool.create() for _ in padding]
+        self.table = PagedTable(self.pool, seqs, [length - pad for pad in padding], padding)
+        self.pool.append_many(seqs, self.table.lengths)
+        for layer, filled in zip(self.static_layers, dense.layers, strict=True):
+            keys, values = filled.keys, filled.values
+            (probe,) = autocast_inputs(keys[:, :, :0])
+            keys, values = keys.to(probe.dtype), values.to(probe.dtype)
+            if layer.storage is None:
+                layer.storage = LayerPages(self.pool, keys, self.config)
+            layer.storage.write(keys, values, self.table, 0)
+        self.seq_lens.copy_(self.table.seq_lens(self.seq_lens.device))
+        self.offset.zero_()
+        # Room up to the last token, so that the table never changes again.
+        self.pool.append_many(seqs, [self.max_length - n for n in self.table.lengths])
+        table = torch.from_numpy(self.pool.block_table(seqs, self.blocks_per_row))
+        self.block_table.copy_(table)
+        self.host_length = length
+
+    @torch.no_grad()
+    def adopt(self, caches: Sequence[tuple[Tensor, Tensor]], block_table: Tensor, length: int) -> None:
+        """Begin with keys and values that are in blocks already: kept as they are, indexed, and appended to.
+
+        Args:
+            caches: of each layer, ``[num_blocks, H, block_size, D]`` each.
+            block_table: int32 ``[B, blocks_per_row]``, with the blocks of tokens to come.
+            length: tokens of every row.
+        """
+        self.table, self.host_length = None, length
+        self.block_table.copy_(block_table)
+        self.seq_lens.fill_(length)
+        for layer, (k, v) in zip(self.static_layers, caches, strict=True):
+            layer.storage = LayerPages(self.pool, k, self.config, storage=(k, v))
+            layer.storage.reindex(self.block_table, self.seq_lens, length)
+
+    # ---- What a GraphedStep asks for. ----
+
+    def advance(self) -> Tensor:
+        """Count one more token in every row; the positions of these tokens, int64 ``[B, 1]``."""
+        self.seq_lens.add_(1)
+        return (self.seq_lens - 1 + self.offset)[:, None]
+
+    def counters(self) -> list[Tensor]:
+        """The lengths."""
+        return [self.seq_lens]
+
+
+def _check_kind(layer_idx: int, layer: Any) -> None:
+    """Raise for a layer of a filled cache that does not hold all keys and values in one size of head."""
+    what = None
+    if getattr(layer, "is_sliding", False):
+        what = "a sliding window"
+    elif type(layer) not in (DynamicLayer, UniqueLayer):
+        what = f"a layer of another kind, {type(layer).__name__}"
+    elif layer.keys is None or layer.keys.shape != layer.values.shape:
+        what = "keys and values of different sizes, or none (a latent or shared cache)"
+    if what is not None:
+        raise NotImplementedError(
+            f"layer {layer_idx} cannot decode on pages, and a GraphedDecoder has nothing else: its cache has {what}. "
+            "Use model.generate() without it"
+        )
