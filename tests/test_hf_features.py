@@ -28,8 +28,8 @@ from unique_attn.hf.hooks import hook_of
 from unique_attn.ops import NotDifferentiableError
 
 OTHER_CACHE = (
-    "unique_attn: LlamaAttention is dense: its keys come from no layer of a DynamicCache that was passed to the model "
-    "(static, quantized, offloaded and encoder-decoder caches have no pages)"
+    "unique_attn: LlamaAttention is dense: its keys are not those of a layer of a DynamicCache (latent, static, "
+    "quantized, offloaded and encoder-decoder caches have no pages)"
 )
 
 

@@ -13,13 +13,14 @@ from op_cases import DEVICES, needs_cuda
 import unique_attn as ua
 from unique_attn.hf.graphed import GraphedDecoder, sampler
 
-FAMILIES = ["llama", "llama-mha", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama-mha", "qwen2", "qwen3", "qwen2-window", "mistral-window", "gemma3", "gpt-oss"]
 
 
 def expected(model: torch.nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
     return model.generate(**inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=0)
 
 
+@pytest.mark.filterwarnings("ignore:unique_attn:UserWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", [None, [9, 0]], ids=["even", "padded"])
@@ -162,14 +163,6 @@ def test_refuses_what_it_cannot_do() -> None:
         decoder.generate(ids[:, :5], 7)
     with pytest.raises(ValueError, match="temperature"):
         sampler(temperature=0)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_sliding_window_is_refused(device: str) -> None:
-    model = ua.enable(tiny("qwen2-window").to(device), SMALL).eval()
-    decoder = GraphedDecoder(model, 1, 60)
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        decoder.generate(prompt(1, 40)["input_ids"].to(device), 5)
 
 
 @needs_cuda

@@ -352,6 +352,7 @@ class LayerPages:
         seq_lens: Tensor,
         num_pages: int,
         scale: float | None,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.unique_decode`` of q, k and v in ``new``, at most ``MAX_QUERY_TOKENS`` tokens, with the settings."""
         config = self.config
@@ -369,6 +370,7 @@ class LayerPages:
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             scale=scale,
+            window=window,
             index_format=config.index,
         )
 

@@ -25,7 +25,7 @@ from unique_attn.hf.reasons import (
     call_reason,
     is_causal,
     module_reason,
-    refuse_unknown,
+    unknown_reason,
 )
 from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
@@ -67,7 +67,7 @@ def unique_attention_forward(
             eager attention, which alone could compute them.
         ValueError: the mask shows padding that a cache on pages did not keep, or a model and its cache differ in dtype.
     """
-    refuse_unknown(module, kwargs)
+    unknown = unknown_reason(module, kwargs)
     hook = hook_of(module)
     given = handed_over(key, value)
     if given is None:
@@ -75,7 +75,7 @@ def unique_attention_forward(
         key, value = whole(key, _CHANGED), whole(value, _CHANGED)
         dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
         if hook is not None and hook.train is not None and module.training and query.shape[2] == key.shape[2]:
-            return _training(hook, *dense)
+            return _training(hook, *dense, unknown)
         if not torch.compiler.is_compiling():
             hook = hook or attach_late(module)  # from the next call on
             if changed:
@@ -86,7 +86,7 @@ def unique_attention_forward(
 
     layer, step = given
     hook = hook or attach_late(module)
-    refusal = _refusal(module, layer, step, query, attention_mask, dropout, kwargs)
+    refusal = _refusal(module, layer, step, query, attention_mask, dropout, kwargs) or unknown
     if refusal is None:
         return _sparse(hook, module, layer, step, query, scaling, kwargs), None
     if not refusal.quiet:
@@ -133,7 +133,7 @@ def _refusal(
     if getattr(module, "layer_idx", None) in layer.config.dense_layers:
         return _LISTED
     q, k, v = autocast_inputs(query, step.k, step.v)
-    lasting = module_reason(module, q, k, v, kwargs)
+    lasting = module_reason(module, q, k, v, kwargs, layer.window)
     if lasting is not None:
         return lasting
     return layer.refuses(step, query, mask) or call_reason(dropout, kwargs)
@@ -170,11 +170,12 @@ def _training(
     scaling: float | None,
     dropout: float,
     kwargs: dict[str, Any],
+    unknown: Refusal | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the training mask where the layer and the call allow it, else dense."""
     assert hook.train is not None
     q, k, v = autocast_inputs(query, key, value)
-    refusal = module_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs)
+    refusal = module_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs) or unknown
     if refusal is None and any(kwargs.get(name) is not None for name in SINKS):
         refusal = Refusal("it uses attention sinks")
     out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)
@@ -249,12 +250,16 @@ def _warn(module: nn.Module, refusal: Refusal) -> None:
 
 
 def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
-    """Say once that a module which continues a sequence got its earlier keys from something without pages."""
+    """Say once that a module which continues a sequence got its earlier keys from something without pages.
+
+    Only a cache that was passed to the model is looked at: one that the model makes in a first forward is given pages
+    when it comes back.
+    """
     if query.shape[2] >= key.shape[2] or module_reason(module, query, key, value, kwargs) is not None:
         return
     warn_once(
-        f"{_name(module)} is dense: its keys come from no layer of a DynamicCache that was passed to the model "
-        "(static, quantized, offloaded and encoder-decoder caches have no pages)",
+        f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "
+        "offloaded and encoder-decoder caches have no pages)",
         type(module),
         "cache",
     )

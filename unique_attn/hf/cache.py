@@ -35,6 +35,7 @@ class UniqueLayer(DynamicLayer):
     """
 
     is_sliding = False
+    window = 0
 
     def __init__(self, state: CacheState) -> None:
         self.state = state

@@ -10,7 +10,13 @@ from typing import Any
 
 try:
     import transformers
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -26,6 +32,7 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "PreTrainedModel",
     "cache_argument",
     "config_is_eager_only",

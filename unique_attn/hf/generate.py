@@ -67,7 +67,12 @@ def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tenso
     Raises:
         ValueError: there is something else, which the decoder would not use.
     """
-    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    nothing = (None, False, {}, (), [])
+    given = {
+        name: value
+        for name, value in model_kwargs.items()
+        if isinstance(value, (Tensor, Cache)) or all(value is not each and value != each for each in nothing)
+    }
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
     for name in ("use_cache", "logits_to_keep", "cache_position"):  # what the decoder does anyway
         given.pop(name, None)

@@ -13,7 +13,7 @@ from unique_attn.config import MAX_PAGES, UniqueConfig
 from unique_attn.hf.compat import DynamicCache, cache_argument
 from unique_attn.hf.generate import decoding_loop, prompt_arguments
 from unique_attn.hf.hooks import attention_modules, hook_of, language_config
-from unique_attn.hf.static_pages import StaticPages
+from unique_attn.hf.static_pages import StaticPages, windows_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 from unique_attn.hf.unchanged import Unchanged
 
@@ -31,8 +31,8 @@ class GraphedDecoder:
     custom_generate=decoder)``, for what transformers' generation offers; :meth:`prefill` and :meth:`step`.
 
     The model's weights must stay where they are (other values in the same place are fine), and the model enabled: a
-    call after either has changed raises. What cannot run on pages (sliding windows, caches of other kinds than one of
-    keys and values) raises in the first :meth:`prefill`.
+    call after either has changed raises. Layers with a sliding window read the pages of their window. What cannot run
+    on pages (caches of other kinds than one of keys and values, softcap) raises, here or in the first :meth:`prefill`.
 
     Args:
         model: an enabled causal language model on one device, in eval mode while it decodes.
@@ -44,7 +44,7 @@ class GraphedDecoder:
     Raises:
         TypeError: ``model`` was not enabled.
         ValueError: a number out of range, naming the argument, or a model on several devices.
-        NotImplementedError: an encoder-decoder model.
+        NotImplementedError: an encoder-decoder model, or layers whose cache is of another kind.
     """
 
     def __init__(
@@ -72,12 +72,13 @@ class GraphedDecoder:
         self.model = model
         self.config = hook.config if config is None else config
         self.device = torch.device(devices[0])
-        self.cache = StaticPages(self.config, len(modules), batch, max_length, self.device)
-        most = max((self.cache.num_pages(i) for i in range(len(modules))), default=0)
+        windows = windows_of(language_config(model))
+        self.cache = StaticPages(self.config, len(windows), batch, max_length, self.device, windows)
+        most = max((self.cache.num_pages(i) for i in range(len(windows))), default=0)
         if most > MAX_PAGES:
             raise ValueError(
-                f"max_length: expected at most {MAX_PAGES * self.config.page_size} tokens with dense_layers, "
-                f"got {max_length}"
+                f"max_length: expected at most {MAX_PAGES * self.config.page_size} tokens with dense_layers or windows "
+                f"as long, got {max_length}"
             )
         self._step = GraphedStep(model, self.cache, batch, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -109,7 +110,7 @@ class GraphedDecoder:
             RuntimeError: the model is no longer as it was when the decoder was made.
             NotImplementedError: a layer that cannot run on pages.
         """
-        self._unchanged.check(thoroughly=True)
+        self._unchanged.check()
         batch, length = self.tokens.shape[0], input_ids.shape[-1]
         if input_ids.dim() != 2 or input_ids.shape[0] != batch or length == 0:
             raise ValueError(f"input_ids: expected shape [{batch}, length], got {list(input_ids.shape)}")
@@ -126,7 +127,7 @@ class GraphedDecoder:
                 f"position_ids: expected shape {list(input_ids.shape)}, got {list(position_ids.shape)}: a "
                 "GraphedDecoder counts one position for each token"
             )
-        dense = DynamicCache(config=language_config(self.model))
+        dense = DynamicCache()  # without the config: layers with a window keep all keys too, as pages do
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         if attention_mask is not None:
             options["attention_mask"] = attention_mask

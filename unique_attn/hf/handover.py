@@ -62,6 +62,10 @@ class PagedLayer(Protocol):
         """The settings of the cache."""
 
     @property
+    def window(self) -> int:
+        """Tokens that a query sees at most when it attends to pages, 0 for all."""
+
+    @property
     def seq_lens(self) -> Tensor:
         """int32 ``[B]``: stored tokens of each row, padding not included. Only while on pages."""
 

@@ -24,7 +24,7 @@ from unique_attn.hf.hooks import (
     saved_settings,
 )
 from unique_attn.hf.lazy import register
-from unique_attn.hf.reasons import never_sparse
+from unique_attn.hf.reasons import never_sparse, window_of
 from unique_attn.hf.training import TrainState
 from unique_attn.train_config import TrainConfig
 
@@ -98,6 +98,9 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     attach(inner, config, state)
     if state is not None:
         state.prepare(modules)
+    if all(window_of(module, {}) != 0 for module in modules):
+        name = type(inner).__name__
+        warn_once(f"every layer of {name} has a sliding window, so none is sparse", type(inner), "sliding")
     return model
 
 

@@ -53,37 +53,38 @@ HARMLESS = frozenset(
         "value",
     )
 )
-
-
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_KNOWN = USED | HARMLESS
+_asked: dict[type, frozenset[str]] = {}  # by attention class
 
 
 class UnsupportedFeatureError(NotImplementedError):
     """A model asks for a kind of attention that neither the ops nor the dense fallbacks compute."""
 
 
-def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of which nothing is known.
+def unknown_reason(module: nn.Module, kwargs: dict[str, Any]) -> Refusal | None:
+    """Why a call with arguments of which nothing is known is dense, as the stock implementations are; None if all are.
 
     Raises:
-        UnsupportedFeatureError: one of them is not None.
+        UnsupportedFeatureError: the module itself passes one, beside what its caller gave it: it may then count on an
+            attention function that knows it, and stock attention may get another mask.
     """
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in USED | HARMLESS]
-    if unknown:
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN)
+    if not unknown:
+        return None
+    if not _asked_for(type(module)).isdisjoint(unknown):
         raise UnsupportedFeatureError(
-            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, and unique_attn does not "
-            "know what that changes: use this model with its own attention (unique_attn.disable)"
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention, and unique_attn does not know what "
+            "that changes: use this model with its own attention"
         )
+    return Refusal(f"unique_attn does not know what {', '.join(unknown)} would change")
 
 
 def never_sparse(model: Any, modules: Sequence[nn.Module]) -> str | None:
     """Why no layer of a model could ever use pages; None if some may. Such a model keeps its own attention."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    if all(_is_sliding(module) for module in modules):
-        return "every layer has a sliding window"
     asked = {name for cls in {type(module) for module in modules} for name in _asked_for(cls)}
-    unknown = sorted(asked - USED - HARMLESS)
+    unknown = sorted(asked - _KNOWN)
     if unknown:
         return f"its attention is told {', '.join(unknown)}, and unique_attn does not know what that changes"
     if not asked & set(SINKS) and all(eager_only(module) for module in modules):
@@ -91,14 +92,20 @@ def never_sparse(model: Any, modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def _asked_for(cls: type) -> set[str]:
+def _asked_for(cls: type) -> frozenset[str]:
     """The names that an attention module gives the arguments of its attention function, as its source has them."""
+    if cls not in _asked:
+        _asked[cls] = _find_asked_for(cls)
+    return _asked[cls]
+
+
+def _find_asked_for(cls: type) -> frozenset[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))  # type: ignore[attr-defined]
     except (AttributeError, OSError, SyntaxError, TypeError):  # no source: the attention function looks at each call
-        return set()
+        return frozenset()
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _passes_self(node)]
-    return {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
+    return frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None)
 
 
 def _passes_self(call: ast.Call) -> bool:
@@ -108,10 +115,13 @@ def _passes_self(call: ast.Call) -> bool:
 
 
 def module_reason(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], window: int = 0
 ) -> Refusal | None:
-    """Why this module can never use pages; None if it can. ``key`` and ``value`` in any length."""
-    if kwargs.get("sliding_window") is not None or _is_sliding(module):
+    """Why this module can never use pages; None if it can.
+
+    ``key`` and ``value`` are in any length, ``window`` is what the layer of its cache knows.
+    """
+    if window_of(module, kwargs) != window:
         return SLIDING
     reason = _lasting(module, query, key, value, kwargs)
     return None if reason is None else Refusal(reason, lasting=True)
@@ -147,12 +157,27 @@ def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwarg
     return unsupported(query, key, value)
 
 
-def _is_sliding(module: nn.Module) -> bool:
-    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and layer_idx is not None and layer_idx < len(types):
-        return "sliding" in types[layer_idx] or "chunked" in types[layer_idx]
-    if any(getattr(module, name, None) is not None for name in _WINDOWS):
-        return True
-    # A window that only the config knows, for every layer.
-    return types is None and any(getattr(config, name, None) is not None for name in _WINDOWS)
+def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a query of an attention module sees, itself included; 0 for all; None for another kind of window."""
+    given = kwargs.get("sliding_window")
+    if given is not None:
+        return int(given)
+    config, kind = getattr(module, "config", None), _layer_type(module)
+    if kind is not None and "chunked" not in kind and "sliding" not in kind:
+        return 0
+    if "chunked" in (kind or "") or _first(module, config, "attention_chunk_size") is not None:
+        return None
+    window = _first(module, config, "sliding_window")
+    if window is not None:
+        return int(window)
+    return 0 if kind is None else None
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    types, layer_idx = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return types[layer_idx] if types is not None and layer_idx is not None and layer_idx < len(types) else None
+
+
+def _first(module: nn.Module, config: Any, name: str) -> Any:
+    value = getattr(module, name, None)
+    return getattr(config, name, None) if value is None else value

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.cache import UniqueLayer
-from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicLayer
+from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from unique_attn.hf.handover import Refusal, Step, hand_over
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, PagedTable, SharedPool
@@ -26,10 +25,11 @@ class StaticLayer(CacheLayerMixin):
 
     is_compileable = is_sliding = False
 
-    def __init__(self, pages: StaticPages, layer_idx: int) -> None:
+    def __init__(self, pages: StaticPages, layer_idx: int, window: int) -> None:
         super().__init__()
         self.is_initialized = True
         self.layer_idx = layer_idx
+        self.window = window
         self.storage: LayerPages | None = None  # since the first prefill
         self._pages = weakref.proxy(pages)
 
@@ -62,7 +62,7 @@ class StaticLayer(CacheLayerMixin):
 
     @property
     def config(self) -> UniqueConfig:
-        """The settings, in which no layer is dense: those that are listed read all their pages."""
+        """The settings, in which no layer is dense: one that should be reads all pages that it may see."""
         return self._pages.layer_config
 
     @property
@@ -80,14 +80,11 @@ class StaticLayer(CacheLayerMixin):
         pages = self._pages
         q, k, v = (x.transpose(1, 2) for x in autocast_inputs(query, step.k, step.v))
         num_pages = pages.num_pages(self.layer_idx)
-        return self.storage.step((q, k, v), pages.block_table, pages.seq_lens, num_pages, scale)
+        return self.storage.step((q, k, v), pages.block_table, pages.seq_lens, num_pages, scale, self.window)
 
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """Dense attention in a step: there is none here."""
-        raise NotImplementedError(
-            f"layer {self.layer_idx} cannot decode on pages, and a GraphedDecoder has nothing else: {refusal.reason}. "
-            "Use model.generate() without it"
-        )
+        raise NotImplementedError(not_on_pages(self.layer_idx, refusal.reason))
 
 
 class StaticPages(Cache):
@@ -99,10 +96,17 @@ class StaticPages(Cache):
         batch: rows.
         max_length: tokens that a row can hold.
         device: where lengths and block table are.
+        windows: of each layer, tokens that a query sees, 0 for all; all of them by default.
     """
 
     def __init__(
-        self, config: UniqueConfig, num_layers: int, batch: int, max_length: int, device: torch.device
+        self,
+        config: UniqueConfig,
+        num_layers: int,
+        batch: int,
+        max_length: int,
+        device: torch.device,
+        windows: Sequence[int] | None = None,
     ) -> None:
         self.config = config
         self.layer_config = replace(config, dense_layers=())
@@ -115,16 +119,18 @@ class StaticPages(Cache):
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
         self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
-        self.static_layers = [StaticLayer(self, i) for i in range(num_layers)]
+        self.static_layers = [StaticLayer(self, i, n) for i, n in enumerate(windows or [0] * num_layers)]
         self.layers = list(self.static_layers)
         self.layer_class_to_replicate = None
         self.offloading = False
 
     def num_pages(self, layer_idx: int) -> int:
-        """Pages that a layer reads: all that a row can have in a dense layer."""
-        if layer_idx not in self.config.dense_layers:
+        """Pages that a layer reads: all that a query may see in one that is dense or has a window."""
+        window, size = self.static_layers[layer_idx].window, self.config.page_size
+        if layer_idx not in self.config.dense_layers and not window:
             return self.config.num_pages
-        return self.blocks_per_row * self.config.block_size // self.config.page_size
+        pages = self.blocks_per_row * self.config.block_size // size
+        return min(pages, (window + 2 * size - 2) // size) if window else pages
 
     def fill(self, dense: Any, padding: list[int]) -> None:
         """Begin with the keys and values of a filled ``DynamicCache``, of whose rows the first tokens are padding.
@@ -132,13 +138,11 @@ class StaticPages(Cache):
         Raises:
             NotImplementedError: a layer that holds something else than all keys and values.
         """
-        if len(dense.layers) != len(self.static_layers):
-            raise NotImplementedError(
-                f"expected a cache of {len(self.static_layers)} layers, one for each attention module, got "
-                f"{len(dense.layers)}: use model.generate() without a GraphedDecoder"
-            )
         for i, filled in enumerate(dense.layers):
-            _check_kind(i, filled)
+            if filled.keys is None or filled.keys.shape != filled.values.shape:
+                raise NotImplementedError(
+                    not_on_pages(i, "its cache has no keys and values of one size (a latent one?)")
+                )
         length = dense.get_seq_length()
         self.table = None  # gives its blocks back
         seqs = [self.pool.create() for _ in padding]
@@ -187,17 +191,23 @@ class StaticPages(Cache):
         return [self.seq_lens]
 
 
-def _check_kind(layer_idx: int, layer: Any) -> None:
-    """Raise for a layer of a filled cache that does not hold all keys and values in one size of head."""
-    what = None
-    if getattr(layer, "is_sliding", False):
-        what = "a sliding window"
-    elif type(layer) not in (DynamicLayer, UniqueLayer):
-        what = f"a layer of another kind, {type(layer).__name__}"
-    elif layer.keys is None or layer.keys.shape != layer.values.shape:
-        what = "keys and values of different sizes, or none (a latent or shared cache)"
-    if what is not None:
-        raise NotImplementedError(
-            f"layer {layer_idx} cannot decode on pages, and a GraphedDecoder has nothing else: its cache has {what}. "
-            "Use model.generate() without it"
-        )
+def windows_of(config: Any) -> list[int]:
+    """Of each layer of a language model with this config, tokens that a query sees, 0 for all.
+
+    Raises:
+        NotImplementedError: a layer whose cache holds something else than keys and values of a window or of all tokens.
+    """
+    windows = []
+    for i, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise NotImplementedError(not_on_pages(i, f"its cache is a {type(layer).__name__}"))
+        windows.append(int(getattr(layer, "sliding_window", 0)))
+    return windows
+
+
+def not_on_pages(layer_idx: int, reason: str) -> str:
+    """The message for a layer that cannot decode in captured steps."""
+    return (
+        f"layer {layer_idx} cannot decode on pages, and a GraphedDecoder has nothing else: {reason}. "
+        "Use model.generate() without it"
+    )

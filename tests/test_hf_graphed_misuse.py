@@ -1,0 +1,216 @@
+"""What a GraphedDecoder is given that it was not made for: used, or a named error, but never other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_helpers import ALWAYS_SPARSE, SHAPE, VOCAB, prompt, tiny
+
+import unique_attn as ua
+from unique_attn.hf.graphed import GraphedDecoder
+
+IDS = prompt(2, 30)["input_ids"]
+
+
+def made() -> tuple[Any, GraphedDecoder]:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    return model, GraphedDecoder(model, batch=2, max_length=64)
+
+
+def stock(model: Any = None, **kwargs: Any) -> torch.Tensor:
+    model = tiny() if model is None else model
+    return model.generate(IDS, **{"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, **kwargs})
+
+
+# ---- A model that changes. ----
+
+
+def replace_head(model: Any) -> None:
+    model.lm_head = torch.nn.Linear(64, VOCAB, bias=False)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "disabled": (ua.disable, "expected it to be enabled as when the GraphedDecoder was made, got 'sdpa'"),
+    "sdpa": (lambda model: model.set_attn_implementation("sdpa"), "expected it to be enabled .*, got 'sdpa'"),
+    "eager": (lambda model: model.set_attn_implementation("eager"), "expected it to be enabled .*, got 'eager'"),
+    "cast": (lambda model: model.bfloat16(), "expected .* when the GraphedDecoder was made, but"),
+    "cast in part": (lambda model: model.lm_head.half(), "expected its weights where they were .* moved or cast"),
+    "moved": (lambda model: model.to("meta"), "expected what it was made of .* is another one"),
+    "replaced": (replace_head, "expected what it was made of .*, but lm_head is another one"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_a_named_error(change: str, when: str) -> None:
+    do, message = CHANGES[change]
+    model, decoder = made()
+    if when == "between":
+        decoder.generate(IDS, 3)
+    do(model)
+    with pytest.raises(RuntimeError, match=message):
+        decoder.generate(IDS, 10)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_is_noticed_in_a_step(change: str) -> None:
+    do, message = CHANGES[change]
+    model, decoder = made()
+    decoder.prefill(IDS)
+    decoder.step()
+    do(model)
+    with pytest.raises(RuntimeError, match=message):
+        decoder.step()
+
+
+def test_values_that_change_in_place_are_used() -> None:
+    model, decoder = made()
+    decoder.generate(IDS, 3)
+    other = {name: x + 0.01 * torch.randn_like(x) for name, x in model.state_dict().items()}
+    model.load_state_dict(other)
+    plain = tiny()
+    plain.load_state_dict(other)
+    assert torch.equal(decoder.generate(IDS, 10), stock(plain))
+
+
+def test_training_mode_and_a_training_mask_change_nothing() -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE, train=ua.TrainConfig(tau=2.0)).train()
+    assert torch.equal(GraphedDecoder(model, 2, 64).generate(IDS, 10), stock())
+
+
+def test_two_decoders_of_one_model() -> None:
+    model, one = made()
+    two = GraphedDecoder(model, 2, 64)
+    one.prefill(IDS)
+    two.prefill(IDS.flip(0))
+    tokens = [one.tokens.clone()]
+    for _ in range(9):
+        tokens.append(one.step().clone())
+        two.step()
+    assert torch.equal(torch.cat([IDS, *tokens], 1), stock())
+
+
+# ---- Autocast. ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    inputs = prompt(2, 30, [9, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = tiny(dtype=dtype).generate(**inputs, do_sample=False, max_new_tokens=10, pad_token_id=0)
+        model = ua.enable(tiny(dtype=dtype), ALWAYS_SPARSE)
+        decoder = GraphedDecoder(model, 2, 64)
+        got = decoder.generate(inputs["input_ids"], 10, inputs["attention_mask"])
+        assert torch.equal(got[:, :33], wanted[:, :33])  # later ones may differ by rounding alone
+    with pytest.raises(RuntimeError, match=r"torch.autocast: expected it as when the GraphedDecoder was made"):
+        decoder.generate(inputs["input_ids"], 10, inputs["attention_mask"])
+
+
+# ---- What generate() passes on. ----
+
+
+def run(model: Any, **inputs: Any) -> torch.Tensor:
+    return model.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=0)
+
+
+def test_positions_are_used() -> None:
+    model, decoder = made()
+    mask = prompt(2, 30, [9, 0])["attention_mask"]
+    for start, given in ((100, torch.ones_like(mask)), (7, mask)):
+        positions = (given.cumsum(-1) - 1).clamp(min=0) + start
+        inputs = {"input_ids": IDS, "attention_mask": given, "position_ids": positions}
+        wanted = run(tiny(), **inputs)
+        assert torch.equal(run(model, **inputs, custom_generate=decoder), wanted)
+    with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 30\], got \[3, 2, 30\]"):
+        decoder.prefill(IDS, position_ids=positions.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"inputs_embeds": torch.randn(2, 30, 64)}, "inputs_embeds: expected text alone"),
+        ({"num_beams": 2}, "num_beams: expected 1"),
+    ],
+)
+def test_other_inputs_are_named_errors(extra: dict[str, Any], message: str) -> None:
+    model, decoder = made()
+    inputs = {} if "inputs_embeds" in extra else {"input_ids": IDS}
+    with pytest.raises(ValueError, match=message):
+        run(model, **inputs, attention_mask=torch.ones_like(IDS), **extra, custom_generate=decoder)
+
+
+def test_images_are_named_errors() -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SHAPE).to_dict(),
+        vision_config={"model_type": "clip_vision_model", **small, "image_size": 16, "patch_size": 8},
+        image_token_index=VOCAB - 1,
+        image_token_id=VOCAB - 1,
+    )
+    model = ua.enable(transformers.LlavaForConditionalGeneration(config).eval(), ALWAYS_SPARSE)
+    decoder = GraphedDecoder(model, 1, 64)
+    ids = IDS[:1].clamp(max=VOCAB - 2)
+    pictured = ids.clone()
+    pictured[:, 5:9] = VOCAB - 1
+    image = torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="expected text alone with a GraphedDecoder"):
+        run(model, input_ids=pictured, pixel_values=image, custom_generate=decoder)
+    text = run(model, input_ids=ids, custom_generate=decoder)
+    assert torch.equal(text, run(model, input_ids=ids))
+    for inputs in ({"input_ids": pictured, "pixel_values": image}, {"input_ids": ids}):
+        sparse = run(model, **inputs)
+        assert torch.equal(sparse, run(ua.disable(model), **inputs))
+        ua.enable(model, ALWAYS_SPARSE)
+
+
+# ---- Families that cannot. ----
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "layer 0 .* its cache is a Li"),
+        (
+            "DeepseekV3",
+            {
+                "kv_lora_rank": 16,
+                "q_lora_rank": 16,
+                "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8,
+                "v_head_dim": 16,
+                "num_key_value_heads": 4,
+                "first_k_dense_replace": 2,
+            },
+            "layer 0 cannot decode on pages",
+        ),
+    ],
+)
+def test_other_kinds_of_caches_are_named_errors(name: str, shape: dict[str, Any], message: str) -> None:
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**SHAPE, **shape}))
+    expected = stock(model.eval())
+    ua.enable(model, ALWAYS_SPARSE)
+    with pytest.raises(NotImplementedError, match=message):
+        GraphedDecoder(model, 2, 64).generate(IDS, 5)
+    assert torch.equal(stock(model), expected)
+
+
+def test_an_encoder_decoder_is_a_named_error() -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(NotImplementedError, match="expected a decoder alone"):
+        GraphedDecoder(model, 2, 64)
+
+
+def test_a_model_on_several_devices_is_a_named_error() -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="expected all weights on one device, got cpu, meta"):
+        GraphedDecoder(model, 2, 64)
