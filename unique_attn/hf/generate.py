@@ -67,12 +67,7 @@ def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tenso
     Raises:
         ValueError: there is something else, which the decoder would not use.
     """
-    nothing = (None, False, {}, (), [])
-    given = {
-        name: value
-        for name, value in model_kwargs.items()
-        if isinstance(value, (Tensor, Cache)) or all(value is not each and value != each for each in nothing)
-    }
+    given = {name: value for name, value in model_kwargs.items() if not _says_nothing(value)}
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
     for name in ("use_cache", "logits_to_keep", "cache_position"):  # what the decoder does anyway
         given.pop(name, None)
@@ -83,3 +78,7 @@ def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tenso
     if given:
         raise ValueError(f"{', '.join(sorted(given))}: expected text alone with a GraphedDecoder")
     return mask, positions
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
