@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.compat import (
-    config_is_eager_only,
+    config_family,
     eager_attention,
     eager_mask,
-    eager_only,
+    family_of,
     is_plain_causal_step,
     sdpa_attention_forward,
     sdpa_mask,
@@ -103,10 +103,21 @@ def unique_mask(**kwargs: Any) -> Tensor | None:
 
     Unlike ``sdpa``'s, it does not wait for the device in single-token steps. Takes and returns what transformers' mask
     functions do: ``[B, 1, T, L]``, bool for ``sdpa``, or None for a plain causal mask.
+
+    Raises:
+        UnsupportedFeatureError: the family would not call :func:`unique_attention_forward`.
     """
-    if config_is_eager_only(kwargs.get("config")):
-        mask: Tensor | None = eager_mask(**kwargs)
-        return mask
+    config = kwargs.get("config")
+    if config is not None:
+        family = config_family(config)
+        if not family.calls_interface:
+            raise UnsupportedFeatureError(
+                f"the family of {type(config).__name__} does not use transformers' AttentionInterface: load it with "
+                "an attention implementation of its own"
+            )
+        if family.eager_only:
+            mask: Tensor | None = eager_mask(**kwargs)
+            return mask
     padding = kwargs.get("attention_mask")
     if padding is None or torch.compiler.is_compiling() or not is_plain_causal_step(kwargs):
         return sdpa_mask(**kwargs)
@@ -198,7 +209,7 @@ def dense_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What the stock implementations compute: ``sdpa``, or the family's eager attention where sdpa cannot."""
-    has_sdpa = not eager_only(module)
+    has_sdpa = not family_of(module).eager_only
     wanted = [name for name in _EAGER if kwargs.get(name) is not None]
     wanted += ["output_attentions"] * bool(kwargs.get("output_attentions"))
     if has_sdpa and not wanted:

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import transformers
@@ -35,11 +35,11 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "PreTrainedModel",
     "cache_argument",
-    "config_is_eager_only",
+    "config_family",
     "cropped_length",
     "eager_attention",
     "eager_mask",
-    "eager_only",
+    "family_of",
     "is_plain_causal_step",
     "sdpa_attention_forward",
     "sdpa_mask",
@@ -51,7 +51,7 @@ _CROP_COUNTS_TOKENS = "tokens_to_remove" in inspect.signature(DynamicLayer.crop)
 _warned: set[tuple[Any, ...]] = set()
 # By attention class. Plain dictionaries, because torch.compile warns of functools.cache.
 _eager: dict[type, Callable[..., Any] | None] = {}
-_eager_only: dict[type, bool] = {}
+_families: dict[type, Family] = {}
 
 
 def warn_once(message: str, *key: Any) -> None:
@@ -129,24 +129,31 @@ def eager_attention(module_class: type) -> Callable[..., Any] | None:
     return _eager[module_class]
 
 
-def eager_only(module: Any) -> bool:
-    """Whether the family of an attention module computes something else with ``sdpa`` than with eager attention."""
+class Family(NamedTuple):
+    """What is known of a model family as a whole."""
+
+    eager_only: bool  # with sdpa it would compute something else than with eager attention
+    calls_interface: bool  # its attention is whatever is registered with transformers under the implementation's name
+
+
+def family_of(module: Any) -> Family:
+    """The family of an attention module."""
     config = getattr(module, "config", None)
-    return _class_is_eager_only(type(module)) if config is None else config_is_eager_only(config)
+    return _family(type(module)) if config is None else config_family(config)
 
 
-def config_is_eager_only(config: Any) -> bool:
-    """Like :func:`eager_only`, by the config of a language model."""
-    return config is not None and _class_is_eager_only(type(config))
+def config_family(config: Any) -> Family:
+    """The family of a language model with this config."""
+    return _family(type(config))
 
 
-def _class_is_eager_only(each: type) -> bool:
-    if each not in _eager_only:
-        _eager_only[each] = _find_eager_only(each)
-    return _eager_only[each]
+def _family(cls: type) -> Family:
+    if cls not in _families:
+        _families[cls] = _find_family(cls)
+    return _families[cls]
 
 
-def _find_eager_only(cls: type) -> bool:
+def _find_family(cls: type) -> Family:
     """By the models in the file of an attention module, or in the modeling file beside that of a config."""
     for each in cls.__mro__:
         file = sys.modules.get(each.__module__.replace(".configuration_", ".modeling_"))
@@ -156,5 +163,6 @@ def _find_eager_only(cls: type) -> bool:
             if isinstance(value, type) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
         ]
         if models:
-            return not any(model._supports_sdpa for model in models)
-    return False
+            eager = not any(model._supports_sdpa for model in models)
+            return Family(eager, any(model._can_set_attn_implementation() for model in models))
+    return Family(eager_only=False, calls_interface=True)

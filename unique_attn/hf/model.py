@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import PreTrainedModel, eager_only, warn_once
+from unique_attn.hf.compat import PreTrainedModel, family_of, warn_once
 from unique_attn.hf.hooks import (
     IMPLEMENTATION,
     SAVED,
@@ -90,6 +90,7 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     if before.implementation != IMPLEMENTATION:
         inner.set_attn_implementation(_only(key, IMPLEMENTATION))
         if text._attn_implementation != IMPLEMENTATION:
+            inner.set_attn_implementation(_only(key, before.implementation))  # of what could be set
             raise ValueError(
                 f"model: expected a family that uses transformers' AttentionInterface, got {type(inner).__name__}"
             )
@@ -126,7 +127,7 @@ def disable(model: Model) -> Model:
         else:
             setattr(text, SAVED, before.saved)
     if text._attn_implementation == IMPLEMENTATION:
-        usual = "eager" if any(eager_only(module) for module in attention_modules(inner)) else "sdpa"
+        usual = "eager" if any(family_of(module).eager_only for module in attention_modules(inner)) else "sdpa"
         inner.set_attn_implementation(_only(key, usual if before is None else before.implementation))
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unique_attn.hf.compat import eager_only, shares_kv
+from unique_attn.hf.compat import family_of, shares_kv
 from unique_attn.hf.handover import Refusal
 from unique_attn.paging import unsupported
 
@@ -87,7 +87,7 @@ def never_sparse(model: Any, modules: Sequence[nn.Module]) -> str | None:
     unknown = sorted(asked - _KNOWN)
     if unknown:
         return f"its attention is told {', '.join(unknown)}, and unique_attn does not know what that changes"
-    if not asked & set(SINKS) and all(eager_only(module) for module in modules):
+    if not asked & set(SINKS) and all(family_of(module).eager_only for module in modules):
         return "its family has eager attention only"
     return None
 
@@ -152,7 +152,7 @@ def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwarg
     sinks = [kwargs[name] for name in SINKS if kwargs.get(name) is not None]
     if any(tuple(each.shape) != (query.shape[1],) for each in sinks):
         return f"its attention sinks have shape {list(sinks[0].shape)}"
-    if not sinks and eager_only(module):
+    if not sinks and family_of(module).eager_only:
         return "its family has eager attention only"
     return unsupported(query, key, value)
 

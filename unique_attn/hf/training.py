@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unique_attn import ops
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import eager_only, warn_once
+from unique_attn.hf.compat import family_of, warn_once
 from unique_attn.hf.handover import Refusal
 from unique_attn.train import masked_attention, packed_index, page_slots
 from unique_attn.train_config import TrainConfig, check_progress
@@ -182,7 +182,7 @@ class TrainState:
     def prepare(self, modules: list[nn.Module]) -> None:
         """Make what is otherwise made in the first forward of these attention modules, so that it compiles once."""
         for module in modules:
-            eager_only(module)
+            family_of(module)
             for device in {parameter.device for parameter in module.parameters()}:
                 self.tau_on(device)
 
