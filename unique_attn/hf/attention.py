@@ -18,7 +18,7 @@ from unique_attn.hf.compat import (
     warn_once,
 )
 from unique_attn.hf.handover import CachedTensor, PagedLayer, Refusal, Step, handed_over, undifferentiable, whole
-from unique_attn.hf.hooks import CacheHook, SelectionRecord, attach_late, hook_of, note
+from unique_attn.hf.hooks import CacheHook, SelectionRecord, attach_late, hook_of, recorders
 from unique_attn.hf.reasons import (
     SINKS,
     UnsupportedFeatureError,
@@ -160,7 +160,8 @@ def _sparse(
     kwargs: dict[str, Any],
 ) -> Tensor:
     out, lse, pages = layer.decode(step, query, scaling)
-    note(hook, SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
+    for records in recorders(hook):
+        records.append(SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
     for name in SINKS:
         sinks = kwargs.get(name)
         if sinks is not None:  # a sink adds exp(sink) to the normalizer exp(lse)

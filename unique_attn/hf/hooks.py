@@ -144,8 +144,6 @@ def recording(hooks: Sequence[CacheHook]) -> Iterator[list[SelectionRecord]]:
         _recorders.reset(token)
 
 
-def note(hook: CacheHook, record: SelectionRecord) -> None:
-    """Give a record to those who asked for it."""
-    for hooks, records in _recorders.get():
-        if any(hook is each for each in hooks):
-            records.append(record)
+def recorders(hook: CacheHook) -> list[list[SelectionRecord]]:
+    """Where steps of modules with this hook are to be noted; nowhere, as a rule."""
+    return [records for hooks, records in _recorders.get() if any(hook is each for each in hooks)]
