@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from unique_attn.hf.reasons import (
     UnsupportedFeatureError,
     call_reason,
     is_causal,
+    kind_reason,
     module_reason,
     unknown_reason,
 )
@@ -143,11 +145,17 @@ def _refusal(
     """Why a step is attended to densely; None if it reads pages. All that there is to compare is compared here."""
     if getattr(module, "layer_idx", None) in layer.config.dense_layers:
         return _LISTED
+    if layer.user is None or layer.user() is not module:
+        lasting = module_reason(module, layer.window)
+        if lasting is not None:
+            return lasting
+        layer.user = weakref.ref(module)
     q, k, v = autocast_inputs(query, step.k, step.v)
-    lasting = module_reason(module, q, k, v, kwargs, layer.window)
-    if lasting is not None:
-        return lasting
-    return layer.refuses(step, query, mask) or call_reason(dropout, kwargs)
+    return (
+        kind_reason(module, q, k, v, kwargs, layer.window)
+        or layer.refuses(step, query, mask)
+        or call_reason(dropout, kwargs)
+    )
 
 
 def _sparse(
@@ -187,7 +195,7 @@ def _training(
     """Attention with the training mask where the layer and the call allow it, else dense."""
     assert hook.train is not None
     q, k, v = autocast_inputs(query, key, value)
-    refusal = module_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs) or unknown
+    refusal = module_reason(module) or kind_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs) or unknown
     if refusal is None and any(kwargs.get(name) is not None for name in SINKS):
         refusal = Refusal("it uses attention sinks")
     out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)
@@ -267,7 +275,7 @@ def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: 
     Only a cache that was passed to the model is looked at: one that the model makes in a first forward is given pages
     when it comes back.
     """
-    if query.shape[2] >= key.shape[2] or module_reason(module, query, key, value, kwargs) is not None:
+    if query.shape[2] >= key.shape[2] or module_reason(module) or kind_reason(module, query, key, value, kwargs):
         return
     warn_once(
         f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache_state import CacheState
@@ -39,6 +40,7 @@ class UniqueLayer(DynamicLayer):
 
     def __init__(self, state: CacheState) -> None:
         self.state = state
+        self.user: weakref.ref[nn.Module] | None = None
         self.dense: Refusal | None = None  # why the layer does not use pages until it is reset
         self.lost_graph = False  # keys or values that required a gradient went through pages
         self._keys: Tensor | None = None
@@ -340,7 +342,7 @@ class UniqueLayer(DynamicLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         dense: dict[str, Any] = {"_keys": self.keys, "_values": self.values}
-        return {**vars(self), **dense, **dict.fromkeys(("_pages", "_table", "_step"))}
+        return {**vars(self), **dense, **dict.fromkeys(("_pages", "_table", "_step", "user"))}
 
 
 class UniqueCache(DynamicCache):

@@ -8,11 +8,12 @@ values themselves, gathered at that moment, as from any other cache.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from unique_attn.config import UniqueConfig
@@ -55,7 +56,13 @@ class Refusal(NamedTuple):
 
 
 class PagedLayer(Protocol):
-    """What the attention function asks of a layer of a cache."""
+    """What the attention function asks of a layer of a cache.
+
+    Attributes:
+        user: the attention module that was last found to be able to use pages, not kept alive by this.
+    """
+
+    user: weakref.ref[nn.Module] | None
 
     @property
     def config(self) -> UniqueConfig:

@@ -99,7 +99,7 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     attach(inner, config, state)
     if state is not None:
         state.prepare(modules)
-    if all(window_of(module, {}) != 0 for module in modules):
+    if all(window_of(module) != 0 for module in modules):
         name = type(inner).__name__
         warn_once(f"every layer of {name} has a sliding window, so none is sparse", type(inner), "sliding")
     return model

@@ -114,21 +114,27 @@ def _passes_self(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and isinstance(first, ast.Name) and first.id == "self"
 
 
-def module_reason(
+def module_reason(module: nn.Module, window: int = 0) -> Refusal | None:
+    """Why no call of this module can use pages, by its config; None if calls can. ``window``: what its cache knows."""
+    if window_of(module) != window:
+        return SLIDING
+    if shares_kv(getattr(module, "config", None)):
+        return Refusal("layers of its model share keys and values", lasting=True)
+    return None
+
+
+def kind_reason(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], window: int = 0
 ) -> Refusal | None:
-    """Why this module can never use pages; None if it can.
-
-    ``key`` and ``value`` are in any length, ``window`` is what the layer of its cache knows.
-    """
-    if window_of(module, kwargs) != window:
+    """Why this kind of attention cannot use pages, by what a call is given; None if it can. ``key`` of any length."""
+    if kwargs.get("sliding_window") not in (None, window):
         return SLIDING
     reason = _lasting(module, query, key, value, kwargs)
     return None if reason is None else Refusal(reason, lasting=True)
 
 
 def call_reason(dropout: float, kwargs: dict[str, Any]) -> Refusal | None:
-    """Why this call cannot read pages; None if it can."""
+    """Why only this call cannot use pages; None if it can."""
     if kwargs.get("output_attentions"):
         return Refusal("output_attentions needs all weights")
     return Refusal("it uses dropout") if dropout > 0 else None
@@ -147,8 +153,6 @@ def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwarg
         return "it softcaps its logits"
     if kwargs.get("position_bias") is not None:
         return "it uses position_bias"
-    if shares_kv(getattr(module, "config", None)):
-        return "layers of its model share keys and values"
     sinks = [kwargs[name] for name in SINKS if kwargs.get(name) is not None]
     if any(tuple(each.shape) != (query.shape[1],) for each in sinks):
         return f"its attention sinks have shape {list(sinks[0].shape)}"
@@ -157,11 +161,8 @@ def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwarg
     return unsupported(query, key, value)
 
 
-def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+def window_of(module: nn.Module) -> int | None:
     """Tokens that a query of an attention module sees, itself included; 0 for all; None for another kind of window."""
-    given = kwargs.get("sliding_window")
-    if given is not None:
-        return int(given)
     config, kind = getattr(module, "config", None), _layer_type(module)
     if kind is not None and "chunked" not in kind and "sliding" not in kind:
         return 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -30,6 +30,7 @@ class StaticLayer(CacheLayerMixin):
         self.is_initialized = True
         self.layer_idx = layer_idx
         self.window = window
+        self.user: weakref.ref[nn.Module] | None = None
         self.storage: LayerPages | None = None  # since the first prefill
         self._pages = weakref.proxy(pages)
 
