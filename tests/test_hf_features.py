@@ -24,7 +24,6 @@ import unique_attn as ua
 from unique_attn.hf import compat
 from unique_attn.hf.attention import UnsupportedFeatureError, additive_mask, unique_attention_forward
 from unique_attn.hf.cache import UniqueLayer, adopt
-from unique_attn.hf.hooks import hook_of
 from unique_attn.ops import NotDifferentiableError
 
 OTHER_CACHE = (
@@ -55,16 +54,6 @@ def steps(model, ids, masks, cache=None, **kwargs):
 
 
 # ---- Softcap, sinks, sliding windows. ----
-
-
-def test_a_family_that_could_never_be_sparse_keeps_its_own_attention_with_one_warning():
-    model, messages = run_and_collect(lambda: enabled(family="gemma2"))
-    assert model.config._attn_implementation == "eager"
-    assert hook_of(model.model.layers[0].self_attn) is None
-    assert_same(generate(model, prompt()), generate(tiny("gemma2"), prompt()))
-    assert messages == [
-        "unique_attn: Gemma2ForCausalLM keeps its own attention and is dense: its family has eager attention only"
-    ]
 
 
 def test_softcap_is_dense_with_one_warning():

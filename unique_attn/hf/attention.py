@@ -154,7 +154,7 @@ def _refusal(
     return (
         kind_reason(module, q, k, v, kwargs, layer.window)
         or layer.refuses(step, query, mask)
-        or call_reason(dropout, kwargs)
+        or call_reason(query, mask, dropout, kwargs)
     )
 
 
@@ -195,7 +195,12 @@ def _training(
     """Attention with the training mask where the layer and the call allow it, else dense."""
     assert hook.train is not None
     q, k, v = autocast_inputs(query, key, value)
-    refusal = module_reason(module) or kind_reason(module, q, k, v, kwargs) or call_reason(dropout, kwargs) or unknown
+    refusal = (
+        module_reason(module)
+        or kind_reason(module, q, k, v, kwargs)
+        or call_reason(q, mask, dropout, kwargs)
+        or unknown
+    )
     if refusal is None and any(kwargs.get(name) is not None for name in SINKS):
         refusal = Refusal("it uses attention sinks")
     out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)

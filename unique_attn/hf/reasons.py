@@ -24,6 +24,7 @@ USED = frozenset(
         *SINKS,
         "cu_seq_lens_k",
         "cu_seq_lens_q",
+        "head_mask",
         "is_causal",
         "max_length_k",
         "max_length_q",
@@ -32,7 +33,6 @@ USED = frozenset(
         "position_ids",
         "sliding_window",
         "softcap",
-        "use_cache",
     )
 )
 HARMLESS = frozenset(
@@ -50,6 +50,7 @@ HARMLESS = frozenset(
         "return_dict",
         "scaling",
         "seq_idx",
+        "use_cache",
         "value",
     )
 )
@@ -133,8 +134,11 @@ def kind_reason(
     return None if reason is None else Refusal(reason, lasting=True)
 
 
-def call_reason(dropout: float, kwargs: dict[str, Any]) -> Refusal | None:
+def call_reason(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> Refusal | None:
     """Why only this call cannot use pages; None if it can."""
+    # A single query is the last one, and a mask says itself what is causal.
+    if kwargs.get("is_causal") is False and mask is None and query.shape[2] > 1:
+        return Refusal("it is not causal")
     if kwargs.get("output_attentions"):
         return Refusal("output_attentions needs all weights")
     return Refusal("it uses dropout") if dropout > 0 else None
@@ -147,12 +151,13 @@ def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str | None:
-    if not is_causal(module, kwargs):
+    if not getattr(module, "is_causal", True):
         return "it is not causal"
     if kwargs.get("softcap") is not None:
         return "it softcaps its logits"
-    if kwargs.get("position_bias") is not None:
-        return "it uses position_bias"
+    for name in ("head_mask", "position_bias"):
+        if kwargs.get(name) is not None:
+            return f"it uses {name}"
     sinks = [kwargs[name] for name in SINKS if kwargs.get(name) is not None]
     if any(tuple(each.shape) != (query.shape[1],) for each in sinks):
         return f"its attention sinks have shape {list(sinks[0].shape)}"

@@ -198,6 +198,9 @@ def windows_of(config: Any) -> list[int]:
     Raises:
         NotImplementedError: a layer whose cache holds something else than keys and values of a window or of all tokens.
     """
+    for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise NotImplementedError(not_on_pages(i, f"it is a layer of {kind}"))
     windows = []
     for i, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -234,8 +234,8 @@ class TrainState:
             value: like ``key``.
             mask: what the mask function returned, or a mask of the user's.
             scaling: factor of the logits; None for ``1 / sqrt(D)``.
-            kwargs: the other arguments of the attention function; ``cu_seq_lens_q``, ``max_length_q``,
-                ``position_ids`` and ``use_cache`` are used.
+            kwargs: the other arguments of the attention function; ``cu_seq_lens_q``, ``max_length_q`` and
+                ``position_ids`` are used.
             refusal: why the call cannot use pages; None if it can.
 
         Returns:
@@ -275,14 +275,14 @@ class TrainState:
 
     def _layout(self, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]) -> Layout | None:
         batch, _, length, _ = query.shape
-        cached = kwargs.get("use_cache") is not False  # then transformers makes no mask of packed position_ids
         bounds = packing(kwargs)
         if mask is None and bounds is not None:
             longest = kwargs.get("max_length_q")
             return Layout(bounds.int(), int(batch * length if longest is None else longest))
         if mask is not None and mask.dim() != 4:
             return None
-        positions = kwargs.get("position_ids") if mask is None and cached and batch == 1 else None
+        # Where the model fills a cache, as it does by default, transformers makes no mask of packed position_ids.
+        positions = kwargs.get("position_ids") if mask is None and batch == 1 else None
         if mask is None and (positions is None or tuple(positions.shape) != (1, length)):
             return rows_layout(batch, length, query.device)
         return self._judge(positions if mask is None else mask, bounds, batch, length)
