@@ -144,6 +144,22 @@ def test_a_family_without_the_interface_is_refused() -> None:
         generate(of_family("Falcon", "unique", **SMALL_FAMILIES["Falcon"]), prompt())
 
 
+@pytest.mark.filterwarnings("ignore:The `paged|:FutureWarning")
+def test_continuous_batching_is_refused() -> None:
+    """Up to some 5.x it asks for ``paged|unique``; later, transformers refuses ``unique`` by name."""
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    model.set_attn_implementation("paged|unique")
+    if model.config._attn_implementation == "paged|unique":
+        with pytest.raises(
+            UnsupportedFeatureError, match=r"continuous batching .* keeps its keys in a cache of its own"
+        ):
+            model(prompt()["input_ids"])
+    else:
+        with pytest.raises(ValueError, match="unique is not supported for continuous batching"):
+            model.generate_batch(inputs=[prompt(1)["input_ids"][0].tolist()])
+        assert_same(generate(model, prompt()), generate(tiny(), prompt()))
+
+
 # ---- Arguments that are not known. ----
 
 DEEPSEEK = {

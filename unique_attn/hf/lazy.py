@@ -19,9 +19,13 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    for interface, function in ((AttentionInterface, _attention), (AttentionMaskInterface, _mask)):
-        if "unique" not in interface._global_mapping:
-            interface.register("unique", function)
+    for interface, name, function in (
+        (AttentionInterface, "unique", _attention),
+        (AttentionInterface, "paged|unique", _continuous_batching),
+        (AttentionMaskInterface, "unique", _mask),
+    ):
+        if name not in interface._global_mapping:
+            interface.register(name, function)
 
 
 # The functions themselves are imported at their first call: transformers may be in the middle of being imported by
@@ -38,6 +42,16 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     from unique_attn.hf.attention import unique_mask
 
     return unique_mask(*args, **kwargs)
+
+
+def _continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    """What continuous batching asks for up to transformers 5.22; later versions refuse ``"unique"`` themselves."""
+    from unique_attn.hf.reasons import UnsupportedFeatureError
+
+    raise UnsupportedFeatureError(
+        "transformers' continuous batching (generate_batch) keeps its keys in a cache of its own, which unique_attn "
+        "does not read: use generate(), or unique_attn.disable(model) first"
+    )
 
 
 def register_when_imported() -> None:
