@@ -263,7 +263,9 @@ class LayerPages:
                 new = torch.empty(shape, dtype=keys.dtype, device=keys.device)
                 storage = new, torch.empty_like(new)
             self.k, self.v = storage
-            self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
+            self.index = ops.new_index(
+                self.k, rule=config.rule, page_size=config.page_size, index_format=config.index_format
+            )
 
     @property
     def device(self) -> torch.device:
@@ -305,7 +307,7 @@ class LayerPages:
             max_new_tokens=num_tokens,
             rule=self.config.rule,
             page_size=self.config.page_size,
-            index_format=self.config.index,
+            index_format=self.config.index_format,
         )
 
     def gather(self, table: PagedTable, length: int) -> tuple[Tensor, Tensor]:
@@ -345,7 +347,7 @@ class LayerPages:
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             scale=scale,
-            index_format=config.index,
+            index_format=config.index_format,
         )
 
     @torch.no_grad()

@@ -101,7 +101,7 @@ def bytes_per_step(model_config: Any, config: UniqueConfig | None, context: int,
     index = read = 0
     if rows and config is not None:
         pages = -(-context // config.page_size)
-        index = rows * pages * ops.index_entry_bytes(config.rule, dim, dtype, config.index)
+        index = rows * pages * ops.index_entry_bytes(config.rule, dim, dtype, config.index_format)
         read = rows * min(config.budget, context) * token
     full = dense * heads * context * token
     return {"index": index, "keys_and_values": read + full, "total": index + read + full}
@@ -299,7 +299,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--answer", help="where this stands in the document is marked in the pictures")
     p.add_argument("--budget", type=int, default=default.budget, help="tokens that a layer and KV head reads in a step")
     p.add_argument("--rule", default=default.rule, choices=list(ops.RULES))
-    p.add_argument("--index", default=default.index, choices=list(ops.INDEX_FORMATS), help="format of the page index")
+    p.add_argument(
+        "--index-format",
+        default=default.index_format,
+        choices=list(ops.INDEX_FORMATS),
+        help="storage of the page index",
+    )
     p.add_argument("--page-size", type=int, default=default.page_size, help="tokens per page")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU and bf16 on a GPU if not given")
@@ -317,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
             if getattr(options, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(options, name)}")
         config = UniqueConfig(
-            rule=options.rule, page_size=options.page_size, budget=options.budget, index=options.index
+            rule=options.rule, page_size=options.page_size, budget=options.budget, index_format=options.index_format
         )
         if options.file is None:
             options.document = resources.files("unique_attn").joinpath("data/carrow_head.txt").read_text("utf-8")
