@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import numbers
 
 import unique_attn
 from unique_attn import UniqueConfig, ops, report
@@ -40,6 +41,16 @@ def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
     assert report.rewrite(README, results) == README, "run `python -m unique_attn report`"
+
+
+def test_pictures_come_from_committed_results(tmp_path: Path):
+    """By the numbers in them: pixels depend on the version of matplotlib."""
+    pytest.importorskip("matplotlib")
+    drawn = report.draw_all(report.load(ROOT / "benchmarks" / "results"), tmp_path)
+    for path in drawn:
+        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `python -m unique_attn report`"
+    others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
+    assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
 
 
 def sweep() -> dict[str, Any]:
@@ -117,7 +128,8 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "160 / 320 bytes per token" in text
     pictures = re.findall(r"\]\((docs/[^)]+)\)", text)
     assert pictures == ["docs/training_time.png", "docs/training_memory.png"]
-    assert all((tmp_path / each).read_bytes().startswith(b"\x89PNG") for each in pictures)
+    assert numbers(tmp_path / pictures[0])["lines"]["soft mask"] == [3.75, 7.5, 15.0]
+    assert numbers(tmp_path / pictures[1])["lines"]["soft mask"] == [2.5, 5.0, 10.0]
     (folder / "soft-mask-2.json").write_text(json.dumps(sweep()))
     assert report.main(argv) == 0
     assert (tmp_path / "docs" / "training_memory_2.png").exists()

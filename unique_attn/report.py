@@ -211,6 +211,15 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return drawn
 
 
+def draw_all(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw every picture of the results.
+
+    Raises:
+        ImportError: there is something to draw, but no matplotlib.
+    """
+    return [*draw(results, folder), *_charts.draw(results, folder), *_quality.draw(results, folder)]
+
+
 # ---- The README. ----
 
 
@@ -266,10 +275,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             old = options.readme.read_text("utf-8")
             options.readme.write_text(rewrite(old, results), "utf-8")
-            folder = options.readme.parent / FIGURES
-            draw(results, folder)
-            _charts.draw(results, folder)
-            _quality.draw(results, folder)
+            draw_all(results, options.readme.parent / FIGURES)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
