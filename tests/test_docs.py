@@ -15,6 +15,7 @@ from pictures import numbers
 
 import unique_attn
 from unique_attn import UniqueConfig, ops, report
+from unique_attn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -95,12 +96,12 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
         return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
 
     readme.write_text(text(dict.fromkeys(blocks, "old\n")))
-    assert report.main(["--readme", str(readme)]) == 0
+    assert main(["report", "--readme", str(readme)]) == 0
     assert readme.read_text() == text(blocks)
-    assert report.main(["--print"]) == 0
+    assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
     readme.write_text("no markers")
-    assert report.main(["--readme", str(readme)]) == 1
+    assert main(["report", "--readme", str(readme)]) == 1
     assert "expected the lines" in capsys.readouterr().err
 
 
@@ -109,16 +110,16 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
     readme.write_text(f"{report.BEGIN}{report.END}")
-    argv = ["--results", str(folder), "--readme", str(readme)]
+    argv = ["report", "--results", str(folder), "--readme", str(readme)]
     (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
-    assert report.main(argv) == 0  # without a result over lengths there is nothing to say
+    assert main(argv) == 0  # without a result over lengths there is nothing to say
     assert readme.read_text() == f"{report.BEGIN}{report.END}"
     assert not (tmp_path / "docs").exists()
     (folder / "soft-mask.json").write_text(json.dumps(sweep()))
-    assert report.main(argv) == 1
+    assert main(argv) == 1
     assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
     readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
-    assert report.main(argv) == 0
+    assert main(argv) == 0
     text = readme.read_text()
     assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
     assert (
@@ -131,7 +132,7 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert numbers(tmp_path / pictures[0])["lines"]["soft mask"] == [3.75, 7.5, 15.0]
     assert numbers(tmp_path / pictures[1])["lines"]["soft mask"] == [2.5, 5.0, 10.0]
     (folder / "soft-mask-2.json").write_text(json.dumps(sweep()))
-    assert report.main(argv) == 0
+    assert main(argv) == 0
     assert (tmp_path / "docs" / "training_memory_2.png").exists()
 
 
