@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +139,30 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def test_public_names_are_there():
-    for name in set(re.findall(r"unique_attn\.(\w+)", README)) - {"git"}:
-        assert hasattr(unique_attn, name) or importlib.util.find_spec(f"unique_attn.{name}"), name
+    """After `import unique_attn` alone, and without loading what is large, or absent, before it is asked for."""
+    names = sorted(set(re.findall(r"unique_attn\.(\w+)", re.sub(r"<!--.*?-->", "", README))) - {"git"})
+    code = f"""
+        import sys, unique_attn
+        assert not {{"transformers", "matplotlib"}} & set(sys.modules)
+        missing = {{*{names}, *unique_attn.__all__}} - set(dir(unique_attn))
+        assert not missing, missing
+        for name in ("hf", "ops", "reference", "reference_index", "train", "viz"):
+            assert getattr(unique_attn, name).__name__ == "unique_attn." + name
+        assert not {{"transformers", "matplotlib"}} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+    for name in names:
+        assert hasattr(unique_attn, name), name
+
+
+def test_no_advice_that_fails():
+    """There is no release on a package index: `pip install unique_attn` would find nothing, or something else."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    files += [
+        file for folder in ("unique_attn", "build_tools", "examples", "csrc") for file in (ROOT / folder).rglob("*.py")
+    ]
+    for file in files:
+        assert not re.search(r"pip install[^\n`]*\bunique[_-]attn(\[|\b(?!\.git))", file.read_text("utf-8")), file
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
