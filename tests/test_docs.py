@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,40 @@ import pytest
 from pictures import numbers
 
 import unique_attn
-from unique_attn import UniqueConfig, ops, report
+from unique_attn import TrainConfig, UniqueConfig, ops, report
 from unique_attn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-DECODE = {"append_kv", "page_index", "page_scores", "topk_pages", "sparse_decode", "unique_decode"}
 
 
-def test_config_table():
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README, re.MULTILINE)
-    fields = {field.name: field.default for field in dataclasses.fields(UniqueConfig)}
-    assert {name: ast.literal_eval(default) for name, default in rows} == fields
+def table(head: str) -> list[list[str]]:
+    """The cells of the README's table whose first heading begins with ``head``."""
+    (rows,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
+
+
+@pytest.mark.parametrize("config", [UniqueConfig, TrainConfig])
+def test_config_tables(config: type):
+    fields = [(f"`{each.name}`", each.default) for each in dataclasses.fields(config)]
+    shown = [(name, ast.literal_eval(value.strip("`"))) for name, value, _ in table(f"`{config.__name__}` field")]
+    assert shown == fields
+
+
+def required(op: Callable[..., Any]) -> str:
+    """What a call of an op must give it, as the README writes it."""
+    parameters = inspect.signature(op).parameters.values()
+    needed = [each for each in parameters if each.default is each.empty]
+    names = [each.name for each in needed if each.kind is not each.KEYWORD_ONLY]
+    keywords = [each.name for each in needed if each.kind is each.KEYWORD_ONLY]
+    return f"`{op.__name__}({', '.join([*names, *(['*'] if keywords else []), *keywords])})`"
 
 
 def test_ops_table():
-    listed = set(re.findall(r"^\| `(\w+)\(", README, re.MULTILINE))
-    assert DECODE <= listed <= set(ops.__all__)
+    helpers = {"decode_index", "index_entry_bytes", "score_dtype"}
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    rows = [row[0] for row in table("op |")]
+    assert sorted(rows) == sorted(required(getattr(ops, name)) for name in functions - helpers)
 
 
 def test_rules_table():
