@@ -75,9 +75,9 @@ info: build
 bench: build
 	$(BIN)/python -m unique_attn bench $(BENCH_ARGS)
 
-# An environment with its own transformers on top of $(VENV), whose torch and built package it uses.
+# An environment with its own transformers on top of $(VENV), whose torch, built package and pip it uses.
 .venv-tf-%/.requirements: requirements/transformers-%.txt requirements/torch.txt $(VENV)/.requirements
-	$(BIN)/python -m venv --clear .venv-tf-$*
+	$(BIN)/python -m venv --clear --without-pip .venv-tf-$*
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$(.venv-tf-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 	.venv-tf-$*/bin/python -m pip --disable-pip-version-check install -q -U -c requirements/torch.txt -r $<
