@@ -14,17 +14,22 @@ BENCH_ARGS ?= all
 PY_SOURCES := .
 CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help setup build demo test test-transformers bench info sanitize lint format cuda-compile cuda-hazards wheel clean distclean
+# Which transformers `test-transformers` runs on; "locked" is the one of $(VENV).
+TRANSFORMERS ?= oldest locked newest
+
+.PHONY: help setup build demo test test-transformers bench info sanitize lint format lock cuda-compile cuda-hazards wheel clean \
+	distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo               sparse generation of a real model over a real document"
 	@echo "make test               the tests"
-	@echo "make test-transformers  the Hugging Face tests on the oldest and the newest transformers"
+	@echo "make test-transformers  the Hugging Face tests on the oldest, the locked and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
 	@echo "make bench              the tables of benchmarks/results (BENCH_ARGS='decode ...' for a single benchmark)"
 	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
 	@echo "make lint | format      linters | formatters"
+	@echo "make lock               requirements/lock.txt anew, with the newest versions"
 	@echo "make cuda-compile       compile every CUDA source"
 	@echo "make wheel              a wheel in dist/"
 	@echo "make clean | distclean  remove what was built | the environments too"
@@ -35,10 +40,12 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 was found: install one or run make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Torch first and alone; afterwards its pin is a constraint, so that nothing brings another torch.
-$(VENV)/.requirements: requirements/torch.txt requirements/dev.txt | $(BIN)/python
-	$(PIP) install -r requirements/torch.txt
-	$(PIP) install -q -c requirements/torch.txt -r requirements/dev.txt
+# Torch first and alone: its build depends on the machine, so it is not in the lock. Everything else is, so nothing but
+# the lock is installed afterwards and nothing can bring another torch. `check` says if the lock left something out.
+$(VENV)/.requirements: requirements/torch.txt requirements/lock.txt | $(BIN)/python
+	$(PIP) install -c requirements/lock.txt -r requirements/torch.txt
+	$(PIP) install -q --no-deps -r requirements/lock.txt
+	$(PIP) check
 	@touch $@
 
 # The editable install only points at this folder: `build` compiles, the first time and after every change.
@@ -68,18 +75,24 @@ info: build
 bench: build
 	$(BIN)/python -m unique_attn bench $(BENCH_ARGS)
 
-# An environment with its own transformers on top of $(VENV), whose torch and built package it uses.
+# An environment with its own transformers on top of $(VENV), whose torch, built package and pip it uses.
 .venv-tf-%/.requirements: requirements/transformers-%.txt requirements/torch.txt $(VENV)/.requirements
-	$(BIN)/python -m venv --clear .venv-tf-$*
+	$(BIN)/python -m venv --clear --without-pip .venv-tf-$*
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$(.venv-tf-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 	.venv-tf-$*/bin/python -m pip --disable-pip-version-check install -q -U -c requirements/torch.txt -r $<
 	@touch $@
 
-test-transformers: build .venv-tf-oldest/.requirements .venv-tf-newest/.requirements
-	@status=0; for version in oldest newest; do \
-		.venv-tf-$$version/bin/python -c "import transformers as t; print('== transformers', t.__version__)"; \
-		.venv-tf-$$version/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
+# What is newest changes without a change here.
+.venv-tf-newest/.requirements: FORCE
+
+test-transformers: build $(patsubst %,.venv-tf-%/.requirements,$(filter-out locked,$(TRANSFORMERS)))
+	@status=0; done=; for name in $(TRANSFORMERS); do \
+		python=.venv-tf-$$name/bin/python; [ $$name != locked ] || python=$(BIN)/python; \
+		version=$$($$python -c "import importlib.metadata as m; print(m.version('transformers'))") || exit 1; \
+		case "$$done " in *" $$version "*) echo "== transformers $$version, $$name: tested already"; continue;; esac; \
+		done="$$done $$version"; echo "== transformers $$version, $$name"; \
+		$$python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
 	done; exit $$status
 
 # On a machine with a GPU. Leaves a library for the sanitizer behind; `make build` brings the usual one back.
@@ -99,11 +112,24 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff format $(PY_SOURCES)
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Exact versions of everything but torch, the newest that requirements/dev.in allows, for every supported Python.
+# Torch takes part so that its Python dependencies are there too; its CUDA ones come with a CUDA build, not to every machine.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip --disable-pip-version-check install -q uv
+	.venv-lock/bin/uv pip compile -q --universal --python-version 3.10 --no-python-downloads --annotation-style line \
+		--custom-compile-command "make lock" -o .venv-lock/lock.txt requirements/dev.in requirements/torch.txt
+	grep -vE '^(torch|triton)==|^(nvidia|cuda)-' .venv-lock/lock.txt > requirements/lock.txt
+
 cuda-compile: $(VENV)/.requirements
 	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools cuda
 
+$(VENV)/.cuda-tools: requirements/cuda-tools.txt $(VENV)/.requirements
+	$(PIP) install -q --no-deps -r $<
+	@touch $@
+
 # Whether the compiler overwrites operands of products in flight.
-cuda-hazards: $(VENV)/.requirements
+cuda-hazards: $(VENV)/.cuda-tools
 	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools.wgmma_hazards
 
 wheel: $(VENV)/.requirements
@@ -114,4 +140,4 @@ clean:
 	rm -f $(VENV)/.installed
 
 distclean: clean
-	rm -rf $(VENV) .venv-tf-*
+	rm -rf $(VENV) .venv-tf-* .venv-lock

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import numbers
 
 from unique_attn import report
 from unique_attn.__main__ import main
@@ -152,8 +153,10 @@ def test_pictures_and_readme(results: dict[str, dict[str, Any]], tmp_path: Path)
     text = readme.read_text()
     pictures = re.findall(r"\]\((docs/[^)]+)\)", text)
     assert pictures == [f"docs/{name}_h100.png" for name in ("decode_speed", "batch1_latency", "roofline")]
-    assert all((tmp_path / each).read_bytes().startswith(b"\x89PNG") for each in pictures)
     figures = _charts.figures(list(results.values()))
+    for each in pictures:
+        shown, data = numbers(tmp_path / each), figures[Path(each).name].data
+        assert {name: shown[name] for name in data} == json.loads(json.dumps(data))
     speed = figures["decode_speed_h100.png"].data
     assert speed["lengths"] == [1024, 2048]
     assert speed["lines"]["batch 1"] == [case["speedup"] for case in results["decode"]["cases"][:2]]

@@ -311,7 +311,7 @@ def test_committed_commands_are_valid():
         commands = bench.committed(device)
         assert commands
         for command in commands:
-            bench.parser().parse_args([*command, "--device", device, "--results", "x"])
+            bench.parser().parse_args([*command, "--results", "x"])
     assert ["decode", "--dtype", "bf16"] in bench.committed("cpu")
 
 

@@ -49,7 +49,7 @@ VALUE_ERRORS = {
     "lambda_": (float("nan"), "expected a finite number of at least 0, got nan"),
     "c": (-0.5, "expected a finite number of at least 0, got -0.5"),
     "block_size": (20, "expected a multiple of page_size = 8, got 20"),
-    "index": ("packed", "expected one of exact, compressed, got 'packed'"),
+    "index_format": ("packed", "expected one of exact, compressed, got 'packed'"),
     "dense_below": (-1, "expected at least 0, got -1"),
     "dense_layers": ((0, -1), "expected layer indices of at least 0, got -1"),
     "max_decode_tokens": (0, "expected at least 1, got 0"),
@@ -91,9 +91,11 @@ def test_budgets_that_do_not_fit():
 
 
 def test_minmax_has_no_compressed_index():
-    assert UniqueConfig(index="compressed", rule="unique").index == "compressed"
-    with pytest.raises(ValueError, match=r"UniqueConfig\.index: expected exact with rule 'minmax', got 'compressed'"):
-        UniqueConfig(index="compressed", rule="minmax")
+    assert UniqueConfig(index_format="compressed", rule="unique").index_format == "compressed"
+    with pytest.raises(
+        ValueError, match=r"UniqueConfig\.index_format: expected exact with rule 'minmax', got 'compressed'"
+    ):
+        UniqueConfig(index_format="compressed", rule="minmax")
 
 
 def test_from_dict_refuses():

@@ -13,6 +13,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from pictures import numbers
+
 from unique_attn import UniqueConfig, demo
 from unique_attn.__main__ import main
 
@@ -76,7 +78,11 @@ def test_small_budget(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result["tokens_agree"] is (a == b)
     assert first is None or (a[:first] == b[:first] and a[first] != b[first])
     assert result["pictures"] == [str(tmp_path / "selection.png"), str(tmp_path / "selection_layers.png")]
-    assert all(Path(picture).stat().st_size > 10_000 for picture in result["pictures"])
+    for picture in map(numbers, result["pictures"]):
+        assert picture["layers"] == list(range(LAYERS))
+        assert picture["seq_lens"] == list(range(length, length + 6))
+        assert picture["pages_read"] == [[[64 // 8] * KV_HEADS] * LAYERS] * 6
+        assert picture["marks"].keys() == {"the answer stands here"}
 
 
 @pytest.mark.parametrize("rule", ["mean", "unique", "directional", "minmax"])

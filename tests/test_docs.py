@@ -4,31 +4,54 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import inspect
 import json
 import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import numbers
 
 import unique_attn
-from unique_attn import UniqueConfig, ops, report
+from unique_attn import TrainConfig, UniqueConfig, ops, report
+from unique_attn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-DECODE = {"append_kv", "page_index", "page_scores", "topk_pages", "sparse_decode", "unique_decode"}
 
 
-def test_config_table():
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README, re.MULTILINE)
-    fields = {field.name: field.default for field in dataclasses.fields(UniqueConfig)}
-    assert {name: ast.literal_eval(default) for name, default in rows} == fields
+def table(head: str) -> list[list[str]]:
+    """The cells of the README's table whose first heading begins with ``head``."""
+    (rows,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
+
+
+@pytest.mark.parametrize("config", [UniqueConfig, TrainConfig])
+def test_config_tables(config: type):
+    fields = [(f"`{each.name}`", each.default) for each in dataclasses.fields(config)]
+    shown = [(name, ast.literal_eval(value.strip("`"))) for name, value, _ in table(f"`{config.__name__}` field")]
+    assert shown == fields
+
+
+def required(op: Callable[..., Any]) -> str:
+    """What a call of an op must give it, as the README writes it."""
+    parameters = inspect.signature(op).parameters.values()
+    needed = [each for each in parameters if each.default is each.empty]
+    names = [each.name for each in needed if each.kind is not each.KEYWORD_ONLY]
+    keywords = [each.name for each in needed if each.kind is each.KEYWORD_ONLY]
+    return f"`{op.__name__}({', '.join([*names, *(['*'] if keywords else []), *keywords])})`"
 
 
 def test_ops_table():
-    listed = set(re.findall(r"^\| `(\w+)\(", README, re.MULTILINE))
-    assert DECODE <= listed <= set(ops.__all__)
+    helpers = {"decode_index", "index_entry_bytes", "score_dtype"}
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    rows = [row[0] for row in table("op |")]
+    assert sorted(rows) == sorted(required(getattr(ops, name)) for name in functions - helpers)
 
 
 def test_rules_table():
@@ -40,6 +63,16 @@ def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
     assert report.rewrite(README, results) == README, "run `python -m unique_attn report`"
+
+
+def test_pictures_come_from_committed_results(tmp_path: Path):
+    """By the numbers in them: pixels depend on the version of matplotlib."""
+    pytest.importorskip("matplotlib")
+    drawn = report.draw_all(report.load(ROOT / "benchmarks" / "results"), tmp_path)
+    for path in drawn:
+        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `python -m unique_attn report`"
+    others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
+    assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
 
 
 def sweep() -> dict[str, Any]:
@@ -84,12 +117,12 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
         return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
 
     readme.write_text(text(dict.fromkeys(blocks, "old\n")))
-    assert report.main(["--readme", str(readme)]) == 0
+    assert main(["report", "--readme", str(readme)]) == 0
     assert readme.read_text() == text(blocks)
-    assert report.main(["--print"]) == 0
+    assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
     readme.write_text("no markers")
-    assert report.main(["--readme", str(readme)]) == 1
+    assert main(["report", "--readme", str(readme)]) == 1
     assert "expected the lines" in capsys.readouterr().err
 
 
@@ -98,16 +131,16 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
     readme.write_text(f"{report.BEGIN}{report.END}")
-    argv = ["--results", str(folder), "--readme", str(readme)]
+    argv = ["report", "--results", str(folder), "--readme", str(readme)]
     (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
-    assert report.main(argv) == 0  # without a result over lengths there is nothing to say
+    assert main(argv) == 0  # without a result over lengths there is nothing to say
     assert readme.read_text() == f"{report.BEGIN}{report.END}"
     assert not (tmp_path / "docs").exists()
     (folder / "soft-mask.json").write_text(json.dumps(sweep()))
-    assert report.main(argv) == 1
+    assert main(argv) == 1
     assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
     readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
-    assert report.main(argv) == 0
+    assert main(argv) == 0
     text = readme.read_text()
     assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
     assert (
@@ -117,15 +150,38 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "160 / 320 bytes per token" in text
     pictures = re.findall(r"\]\((docs/[^)]+)\)", text)
     assert pictures == ["docs/training_time.png", "docs/training_memory.png"]
-    assert all((tmp_path / each).read_bytes().startswith(b"\x89PNG") for each in pictures)
+    assert numbers(tmp_path / pictures[0])["lines"]["soft mask"] == [3.75, 7.5, 15.0]
+    assert numbers(tmp_path / pictures[1])["lines"]["soft mask"] == [2.5, 5.0, 10.0]
     (folder / "soft-mask-2.json").write_text(json.dumps(sweep()))
-    assert report.main(argv) == 0
+    assert main(argv) == 0
     assert (tmp_path / "docs" / "training_memory_2.png").exists()
 
 
 def test_public_names_are_there():
-    for name in set(re.findall(r"unique_attn\.(\w+)", README)) - {"git"}:
-        assert hasattr(unique_attn, name) or importlib.util.find_spec(f"unique_attn.{name}"), name
+    """After `import unique_attn` alone, and without loading what is large, or absent, before it is asked for."""
+    names = sorted(set(re.findall(r"unique_attn\.(\w+)", re.sub(r"<!--.*?-->", "", README))) - {"git"})
+    code = f"""
+        import sys, unique_attn
+        assert not {{"transformers", "matplotlib"}} & set(sys.modules)
+        missing = {{*{names}, *unique_attn.__all__}} - set(dir(unique_attn))
+        assert not missing, missing
+        for name in ("hf", "ops", "reference", "reference_index", "train", "viz"):
+            assert getattr(unique_attn, name).__name__ == "unique_attn." + name
+        assert not {{"transformers", "matplotlib"}} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+    for name in names:
+        assert hasattr(unique_attn, name), name
+
+
+def test_no_advice_that_fails():
+    """There is no release on a package index: `pip install unique_attn` would find nothing, or something else."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    files += [
+        file for folder in ("unique_attn", "build_tools", "examples", "csrc") for file in (ROOT / folder).rglob("*.py")
+    ]
+    for file in files:
+        assert not re.search(r"pip install[^\n`]*\bunique[_-]attn(\[|\b(?!\.git))", file.read_text("utf-8")), file
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])

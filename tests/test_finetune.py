@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
+from pictures import numbers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import unique_attn
@@ -107,7 +108,7 @@ def test_it_trains_and_measures(tiny: Tiny, tmp_path: Path, capsys: pytest.Captu
     assert shown in capsys.readouterr().out
     assert shown.count("\n") == 2 + 2 * len(expected)
     if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "finetune.png").stat().st_size > 10_000
+        assert numbers(tmp_path / "finetune.png")["summary"] == result["summary"]
     if method == "full":
         assert result["summary"]["trained densely"]["sparse"]["perplexity"]["spread"] > 0
         # What was saved is the last model that was measured.
@@ -246,3 +247,9 @@ def test_numbers_come_from_the_committed_result():
     assert len(result["options"]["seeds"]) >= 3
     assert finetuning.summarize(result) == result["summary"]
     assert finetuning.table(result) in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_picture_comes_from_the_committed_result(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    result = json.loads((ROOT / "benchmarks" / "results" / "finetune-h100.json").read_text("utf-8"))
+    assert numbers(finetuning.plot(result, tmp_path / "new.png")) == numbers(ROOT / "docs" / "finetune.png")

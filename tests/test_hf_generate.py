@@ -37,7 +37,7 @@ def oracle_row(q, k, v, config, scaling):
     size, out = config.page_size, []
     for t in range(q.shape[2]):
         seen = length - q.shape[2] + t + 1
-        stored = {"index_format": config.index, "dtype": k.dtype}
+        stored = {"index_format": config.index_format, "dtype": k.dtype}
         pages = [reference.encode_entry(page, config.rule, **stored) for page in keys[:, :seen].split(size, dim=1)]
         entry = reference.decode_index(torch.stack(pages, 1), rule=config.rule, head_dim=dim, **stored)
         entry = tuple(part.double() for part in entry)
@@ -83,12 +83,12 @@ SETTINGS = [
     ua.UniqueConfig(rule="unique", page_size=4, budget=16, dense_below=0, block_size=4, lambda_=0.7),
     ua.UniqueConfig(rule="minmax", budget=24, dense_below=0, sink_pages=0, recent_pages=2),
     ua.UniqueConfig(rule="mean", page_size=16, budget=48, dense_below=70, block_size=16),
-    ua.UniqueConfig(index="compressed", page_size=4, budget=24, dense_below=0, block_size=8),
+    ua.UniqueConfig(index_format="compressed", page_size=4, budget=24, dense_below=0, block_size=8),
 ]
 
 
 @pytest.mark.parametrize("padding", [None, [0, 9]], ids=["even", "padded"])
-@pytest.mark.parametrize("config", SETTINGS, ids=lambda config: f"{config.rule}-{config.index}")
+@pytest.mark.parametrize("config", SETTINGS, ids=lambda config: f"{config.rule}-{config.index_format}")
 def test_small_budget_equals_simulation(config, padding):
     inputs = prompt(length=61, padding=padding)
     expected = generate(simulated(config), inputs, tokens=16)

@@ -77,7 +77,7 @@ def test_model_generate_is_refused_what_it_does_not_do() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_compressed_index(device: str) -> None:
-    model = ua.enable(tiny().to(device), replace(SMALL, index="compressed")).eval()
+    model = ua.enable(tiny().to(device), replace(SMALL, index_format="compressed")).eval()
     inputs = {name: x.to(device) for name, x in prompt(2, 50).items()}
     got = ua.GraphedDecoder(model, batch=2, max_length=120).generate(inputs["input_ids"], 40)
     torch.testing.assert_close(got, expected(model, inputs, 40), rtol=0, atol=0)

@@ -201,7 +201,11 @@ def test_data_parallel() -> None:
 @pytest.mark.timeout(1200)
 def test_soak() -> None:
     """8 threads, 3 models, 200 generations of many kinds, forks of shared prefixes among them, as in one thread."""
-    configs = [SMALL, ALWAYS_SPARSE, ua.UniqueConfig(budget=32, dense_below=0, block_size=16, index="compressed")]
+    configs = [
+        SMALL,
+        ALWAYS_SPARSE,
+        ua.UniqueConfig(budget=32, dense_below=0, block_size=16, index_format="compressed"),
+    ]
     models = [ua.enable(tiny(family), config) for family, config in zip(("llama", "qwen3", "gemma3"), configs)]
     prefixes = [prefix(models[0], 40), prefix(models[1], 43)]
     kinds: list[dict[str, Any]] = [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}]

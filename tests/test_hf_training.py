@@ -73,7 +73,7 @@ def test_attention_of_a_layer_is_that_of_the_oracle(mode, padding):
         ("llama", {"dense_layers": (0,)}),
         ("qwen3", {}),
         ("llama-mha", {"rule": "minmax"}),
-        ("llama", {"index": "compressed"}),
+        ("llama", {"index_format": "compressed"}),
     ],
 )
 def test_hard_training_is_decoding(family, change):
@@ -260,8 +260,8 @@ def test_bad_arguments():
     ua.enable(tiny(), none_recent, train=ua.TrainConfig(mode="dense"))
     with pytest.raises(ValueError, match=r"config.rule: expected mean, unique or directional with mode 'soft'"):
         trained(config=ua.UniqueConfig(rule="minmax"))
-    with pytest.raises(ValueError, match=r"config.index: expected exact with mode 'soft', got 'compressed'"):
-        trained(config=ua.UniqueConfig(index="compressed"))
+    with pytest.raises(ValueError, match=r"config.index_format: expected exact with mode 'soft', got 'compressed'"):
+        trained(config=ua.UniqueConfig(index_format="compressed"))
     with pytest.raises(ValueError, match="progress: expected a share of the training from 0 to 1, got nan"):
         training.train_state(trained()).update(float("nan"))
     bounds = torch.tensor([0, 5, 10], dtype=torch.int32)

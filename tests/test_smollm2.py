@@ -86,7 +86,7 @@ def test_compressed_index(dense: Dense):
         exact, compressed = (by_ops(keys, rule, each, [64, 128, 256], torch.float32) for each in ops.INDEX_FORMATS)
         print(f"{rule}: mass kept by 64, 128 and 256 tokens, exact {exact}, compressed {compressed}")
         assert all(b > a - 0.005 for a, b in zip(exact, compressed, strict=True))
-    decoded, _, records = sparse(dense, budget=128, index="compressed")
+    decoded, _, records = sparse(dense, budget=128, index_format="compressed")
     assert len(records) == 30 * STEPS
     assert decoded.perplexity == pytest.approx(sparse(dense, budget=128)[0].perplexity, rel=0.2)
 

@@ -16,7 +16,7 @@ from unique_attn.hf.lazy import register_when_imported
 from unique_attn.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from unique_attn import reference
+    from unique_attn import hf, reference, reference_index, train, viz
     from unique_attn._runtime import PagePool, PoolFullError
     from unique_attn.hf.cache import UniqueCache
     from unique_attn.hf.callback import SparsityCallback
@@ -36,9 +36,13 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "hf",
     "ops",
     "record_selection",
     "reference",
+    "reference_index",
+    "train",
+    "viz",
 ]
 
 # Imported at first use: transformers takes seconds, and not everybody has it.
@@ -53,11 +57,12 @@ _LAZY = {
     "enable": "unique_attn.hf.model",
     "record_selection": "unique_attn.hf.model",
 }
+_SUBMODULES = ("hf", "reference", "reference_index", "train", "viz")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reference":
-        return importlib.import_module("unique_attn.reference")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"unique_attn.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

@@ -28,6 +28,16 @@ def library_path() -> Path:
     return Path(override) if override else Path(__file__).parent / "lib" / LIBRARY_NAME
 
 
+def _advice() -> str:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file():
+        return "install the package again, by `pip install .` in a checkout"
+    return (
+        f"this is the checkout {root}, which is not built: run `make build` there (an installed unique_attn is found "
+        "from other folders than a checkout)"
+    )
+
+
 def load_library() -> Path:
     """Load the operator library once per process and return its path.
 
@@ -42,10 +52,7 @@ def load_library() -> Path:
         raise LibraryError(f"unique_attn needs torch >= 2.10, but this environment has {torch.__version__}")
     path = library_path()
     if not path.is_file():
-        raise LibraryError(
-            f"the operator library of unique_attn is missing: {path} does not exist; build it with `make build` "
-            "in a checkout, or install the package with `pip install --no-build-isolation .`"
-        )
+        raise LibraryError(f"the operator library of unique_attn is missing: {path} does not exist; {_advice()}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

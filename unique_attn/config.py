@@ -8,7 +8,7 @@ from unique_attn._checked import CheckedConfig
 
 RULES = ("mean", "unique", "directional", "minmax")
 PAGE_SIZES = (4, 8, 16, 32, 64)
-INDEX_STORAGE = ("exact", "compressed")
+INDEX_FORMATS = ("exact", "compressed")
 MAX_PAGES = 4096  # pages that topk_pages can select
 
 
@@ -26,8 +26,8 @@ class UniqueConfig(CheckedConfig):
         lambda_: weight of the spread in the ``unique`` rule.
         c: standard deviations that the ``directional`` rule adds to the mean.
         block_size: tokens per physical block of the paged storage; a multiple of ``page_size``.
-        index: storage of the page index: ``exact`` keeps it in the keys' dtype, ``compressed`` in about 7 bits per
-            channel of a page (every rule but ``minmax``; not for training with soft gates).
+        index_format: storage of the page index: ``exact`` keeps it in the keys' dtype, ``compressed`` in about 7 bits
+            per channel of a page (every rule but ``minmax``; not for training with soft gates).
         dense_below: contexts of fewer tokens use dense attention; ``None`` means ``budget``, below which sparse
             attention would read everything anyway.
         dense_layers: indices of layers that always use dense attention.
@@ -47,7 +47,7 @@ class UniqueConfig(CheckedConfig):
     lambda_: float = 0.5
     c: float = 2.0
     block_size: int = 64
-    index: str = "exact"
+    index_format: str = "exact"
     dense_below: int | None = None
     dense_layers: tuple[int, ...] = field(default=())
     max_decode_tokens: int = 32
@@ -64,9 +64,9 @@ class UniqueConfig(CheckedConfig):
             self._number(name)
         self._integer("block_size", 1)
         self._multiple("block_size", self.page_size)
-        self._choice("index", INDEX_STORAGE)
-        if self.index == "compressed" and self.rule == "minmax":
-            raise ValueError("UniqueConfig.index: expected exact with rule 'minmax', got 'compressed'")
+        self._choice("index_format", INDEX_FORMATS)
+        if self.index_format == "compressed" and self.rule == "minmax":
+            raise ValueError("UniqueConfig.index_format: expected exact with rule 'minmax', got 'compressed'")
         if self.dense_below is not None:
             self._integer("dense_below", 0)
         self._layers("dense_layers")

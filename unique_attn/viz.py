@@ -8,6 +8,7 @@ every single choice, one panel a layer. :func:`plot_lengths` draws measurements 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class Selections:
     def tokens(self) -> int:
         """Length of the position axis: the tokens that the pages cover."""
         return int(self.read.shape[-1] * self.page_size)
+
+    def numbers(self) -> dict[str, Any]:
+        """What a picture shows, as far as numbers can say it: how many pages were read, by step, layer and head."""
+        return {"layers": self.layers, "seq_lens": self.seq_lens, "pages_read": self.read.sum(-1).tolist()}
 
 
 def _pyplot() -> Any:
@@ -202,7 +207,7 @@ def plot_selection(
         ax.set_title(caption, loc="left", fontsize=10, color=INK, pad=8)
     figure.text(left, 1 - 0.32 / height, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(left, 1 - 0.63 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path)
+    return _save(plt, figure, path, selections.numbers() | {"marks": marks or {}})
 
 
 def plot_layers(
@@ -272,7 +277,7 @@ def plot_layers(
         0.035, 1 - 0.6 / height, f"{subtitle}\n{note}" if subtitle else note, fontsize=9.5, color=MUTED, va="top",
         linespacing=1.4,
     )  # fmt: skip
-    return _save(plt, figure, path)
+    return _save(plt, figure, path, selections.numbers() | {"marks": marks or {}})
 
 
 def plot_lengths(
@@ -335,7 +340,7 @@ def plot_lengths(
     )  # fmt: skip
     figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path)
+    return _save(plt, figure, path, {"subtitle": subtitle, "lengths": lengths, "lines": lines})
 
 
 def plot_tradeoff(
@@ -380,12 +385,14 @@ def plot_tradeoff(
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=INK)
     figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path)
+    return _save(plt, figure, path, {"subtitle": subtitle, "lines": lines})
 
 
-def _save(plt: Any, figure: Any, path: str | Path) -> Path:
+def _save(plt: Any, figure: Any, path: str | Path, numbers: Mapping[str, Any]) -> Path:
+    """Write a picture and, as a text in it, the numbers it was drawn from: by them, not by pixels, which depend on
+    matplotlib's version, the tests tell whether a picture is still the one of its data."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor=PAPER)
+    figure.savefig(path, dpi=150, facecolor=PAPER, metadata={"Comment": json.dumps(numbers)})
     plt.close(figure)
     return path

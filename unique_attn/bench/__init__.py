@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from unique_attn._command import Parser, existing_device
 from unique_attn.bench._harness import write_json
 from unique_attn.bench._machine import slug
 
@@ -28,8 +29,13 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    sub.add_argument("--device", type=existing_device, default=default, help="cpu, cuda or cuda:N")
+
+
 def _add_shared(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    _add_device(sub)
     sub.add_argument("--repeats", type=int, default=30, help="timed rounds of every candidate")
     sub.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for what torch takes")
     sub.add_argument("--out", help="file for the JSON result")
@@ -37,9 +43,7 @@ def _add_shared(sub: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
-        prog="python -m unique_attn bench", description="Benchmarks, printed and written as JSON."
-    )
+    root = Parser(prog="python -m unique_attn bench", description="Benchmarks, printed and written as JSON.")
     commands = root.add_subparsers(dest="bench", required=True, metavar="NAME")
     for name in names():
         module = importlib.import_module(f"{__name__}.{name}")
@@ -51,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(module=module)
     every = commands.add_parser("all", help="write every committed result that this device can write")
-    every.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    _add_device(every)
     every.add_argument("--results", default=str(RESULTS), help="folder for the JSON results")
     return root
 

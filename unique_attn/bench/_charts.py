@@ -192,4 +192,4 @@ def plot_roofline(
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=viz.INK)
     figure.text(0.09, 0.95, title, fontsize=15, color=viz.INK, weight="bold", va="top")
     figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=viz.MUTED, va="top")
-    return viz._save(plt, figure, path)
+    return viz._save(plt, figure, path, {"subtitle": subtitle, "points": points, "gb_per_s": gb_per_s})

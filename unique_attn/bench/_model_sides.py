@@ -155,13 +155,13 @@ class Unique(DecodeSide):
             page_size=o.page_size,
             budget=o.budget,
             block_size=o.block_size,
-            index=index_format,
+            index_format=index_format,
             dense_below=0,
         )
 
     def _entry_bytes(self) -> int:
         o = self.o
-        return ops.index_entry_bytes(o.rule, o.head_dim, DTYPES[o.dtype], index_format=self.config.index)
+        return ops.index_entry_bytes(o.rule, o.head_dim, DTYPES[o.dtype], index_format=self.config.index_format)
 
     def own_bytes(self) -> int:
         o = self.o

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -283,12 +284,10 @@ def _compared(found: Mapping[str, Mapping[str, Any]], sides: Mapping[str, Decode
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
-    try:
-        import transformers
-    except ImportError:
-        raise SystemExit("error: bench model needs transformers: pip install 'unique_attn[hf]'") from None
+    from unique_attn.hf import compat  # noqa: F401  says what to do where transformers is missing
+
     result = run_sweep("model", options, FIELDS, PRESETS, needed, measure_shape)
-    result["peers"] = {**_peers.versions(device), "transformers": transformers.__version__}
+    result["peers"] = {**_peers.versions(device), "transformers": importlib.metadata.version("transformers")}
     return result
 
 

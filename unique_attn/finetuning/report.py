@@ -98,4 +98,4 @@ def plot(result: dict[str, Any], path: str | Path) -> Path:
     figure.text(0.02, 0.97, "Fine-tuning for a small budget", fontsize=14, color=viz.INK, weight="bold", va="top")
     figure.text(0.02, 0.905, note, fontsize=9, color=viz.MUTED, va="top")
     figure.tight_layout(rect=(0, 0.06, 1, 0.88))
-    return viz._save(plt, figure, path)
+    return viz._save(plt, figure, path, {"note": note, "summary": result["summary"]})

@@ -146,8 +146,8 @@ class TrainState:
                 raise ValueError(f"config.recent_pages: expected at least 1 to train, got {config.recent_pages}")
             if train.mode == "soft" and config.rule == "minmax":
                 raise ValueError("config.rule: expected mean, unique or directional with mode 'soft', got 'minmax'")
-            if train.mode == "soft" and config.index != "exact":
-                raise ValueError(f"config.index: expected exact with mode 'soft', got {config.index!r}")
+            if train.mode == "soft" and config.index_format != "exact":
+                raise ValueError(f"config.index_format: expected exact with mode 'soft', got {config.index_format!r}")
         self.config = config
         self.train = train
         self.mode = train.mode
@@ -269,7 +269,7 @@ class TrainState:
             sink_pages=self.config.sink_pages,
             recent_pages=self.config.recent_pages,
             scale=scaling,
-            index_format=self.config.index,
+            index_format=self.config.index_format,
         )
         return layout.unpack(out, query.shape[0])
 
@@ -360,7 +360,9 @@ def _gate_sums(q: Tensor, k: Tensor, layout: Layout, config: UniqueConfig, tau: 
     sequence = torch.searchsorted(bounds[1:].contiguous(), rows.int(), right=True)
     begin = bounds[sequence].long()
     position = rows - begin
-    index = packed_index(k, bounds, longest, rule=config.rule, page_size=config.page_size, index_format=config.index)
+    index = packed_index(
+        k, bounds, longest, rule=config.rule, page_size=config.page_size, index_format=config.index_format
+    )
     pages = torch.arange(-(-longest // config.page_size), device=q.device, dtype=torch.int32)
     table = (page_slots(bounds, config.page_size)[:, None] + pages)[sequence]
     scores = ops.page_scores(
@@ -371,7 +373,7 @@ def _gate_sums(q: Tensor, k: Tensor, layout: Layout, config: UniqueConfig, tau: 
         rule=config.rule,
         page_size=config.page_size,
         spread=config.spread,
-        index_format=config.index,
+        index_format=config.index_format,
     )[:, 0].float()
     last = position // config.page_size - config.recent_pages
     candidate = ((pages >= config.sink_pages) & (pages <= last[:, None]))[:, None].expand_as(scores)
