@@ -218,11 +218,18 @@ def test_other_kinds_of_caches_are_named_errors(name: str, shape: dict[str, Any]
     assert torch.equal(stock(model), expected)
 
 
-def test_an_encoder_decoder_is_a_named_error() -> None:
-    model = ua.enable(tiny(), ALWAYS_SPARSE)
+@pytest.mark.filterwarnings("ignore:unique_attn:UserWarning")
+def test_a_model_that_keeps_its_own_attention_is_a_named_error() -> None:
+    model = tiny()
     model.config.is_encoder_decoder = True
-    with pytest.raises(NotImplementedError, match="expected a decoder alone"):
+    ua.enable(model, ALWAYS_SPARSE)
+    with pytest.raises(NotImplementedError, match="layers that can be sparse, but it is an encoder-decoder model"):
         GraphedDecoder(model, 2, 64)
+    with ua.record_selection(model) as records:
+        model(IDS)
+    assert records == []
+    model.config.is_encoder_decoder = False
+    GraphedDecoder(ua.enable(model, ALWAYS_SPARSE), 2, 64)
 
 
 def test_a_model_on_several_devices_is_a_named_error() -> None:

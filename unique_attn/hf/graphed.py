@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unique_attn.config import MAX_PAGES, UniqueConfig
 from unique_attn.hf.compat import DynamicCache, cache_argument
 from unique_attn.hf.generate import decoding_loop, prompt_arguments
-from unique_attn.hf.hooks import attention_modules, hook_of, language_config
+from unique_attn.hf.hooks import KEEPS, attention_modules, hook_of, language_config
 from unique_attn.hf.static_pages import StaticPages, windows_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 from unique_attn.hf.unchanged import Unchanged
@@ -44,7 +44,7 @@ class GraphedDecoder:
     Raises:
         TypeError: ``model`` was not enabled.
         ValueError: a number out of range, naming the argument, or a model on several devices.
-        NotImplementedError: an encoder-decoder model, or layers whose cache is of another kind.
+        NotImplementedError: a model of which no layer can be sparse, or layers whose cache is of another kind.
     """
 
     def __init__(
@@ -57,15 +57,13 @@ class GraphedDecoder:
     ) -> None:
         modules = attention_modules(model)
         hook = hook_of(modules[0]) if modules else None
+        if hook is None and KEEPS in vars(model):
+            raise NotImplementedError(f"model: expected one with layers that can be sparse, but {vars(model)[KEEPS]}")
         if hook is None:
             raise TypeError(f"model: expected a model from unique_attn.enable(), got {type(model).__name__}")
         for name, value in (("batch", batch), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise NotImplementedError(
-                f"model: expected a decoder alone, got the encoder-decoder {type(model).__name__}"
-            )
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         if len(devices) != 1:
             raise ValueError(f"model: expected all weights on one device, got {', '.join(devices) or 'none'}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unique_attn.hf.training import TrainState
 
 IMPLEMENTATION = "unique"
+KEEPS = "_unique_attn_keeps"  # attribute of a model that keeps its own attention though it was enabled: why
 SAVED = "unique_attn"  # attribute of a model's config: the settings as a dictionary
 _ATTRIBUTE = "_unique_attn_hook"  # of attention modules
 _attaching = threading.Lock()

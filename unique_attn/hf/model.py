@@ -13,6 +13,7 @@ from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import PreTrainedModel, family_of, warn_once
 from unique_attn.hf.hooks import (
     IMPLEMENTATION,
+    KEEPS,
     SAVED,
     SelectionRecord,
     attach,
@@ -84,7 +85,9 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     reason = never_sparse(inner, modules)
     if reason is not None:
         warn_once(f"{type(inner).__name__} keeps its own attention and is dense: {reason}", type(inner), reason)
-        return disable(model)
+        disable(model)
+        setattr(inner, KEEPS, reason)
+        return model
     register()
     before = _Before(text._attn_implementation, getattr(text, SAVED, None))
     if before.implementation != IMPLEMENTATION:
@@ -120,6 +123,7 @@ def disable(model: Model) -> Model:
     inner = _transformers_model(model)
     text, key = _language_config(inner)
     detach(inner)
+    vars(inner).pop(KEEPS, None)
     before: _Before | None = vars(inner).pop(_BEFORE, None)
     if before is not None:
         if before.saved is None:
@@ -138,12 +142,16 @@ def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
 
     Yields a list that grows by one :class:`SelectionRecord` ``(layer_idx, seq_lens, pages)`` per sparse layer and
     step, in the order of execution; the tensors stay on their device and nothing waits for it. Costs nothing outside.
+    The list stays empty for a model that keeps its own attention (see :func:`enable`).
 
     Raises:
         TypeError: ``model`` holds no transformers model.
         ValueError: ``model`` does not use the ``"unique"`` implementation.
     """
     inner = _transformers_model(model)
+    if KEEPS in vars(inner):
+        yield []
+        return
     implementation = _language_config(inner)[0]._attn_implementation
     if implementation != IMPLEMENTATION:
         raise ValueError(f"model: expected the attention implementation {IMPLEMENTATION!r}, got {implementation!r}")
