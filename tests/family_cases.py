@@ -22,10 +22,18 @@ def _source(given: Inputs, padded: bool, start: int = 0, end: int | None = None)
     """What goes with the tokens from ``start`` to ``end``."""
     named = {**(given.once if start == 0 else {}), **given.always}
     end = given.ids.shape[1] if end is None else end
-    for name, (tensor, axis) in given.along.items():
+    for name, (tensor, axis) in {**given.along, **(given.along_first if start == 0 else {})}.items():
         each = tensor.shape[axis] // given.ids.shape[1]
         named[name] = tensor.narrow(axis, start * each, (end - start) * each)
     return {**named, **{name: mask for name, mask in given.hidden.items() if padded and name in named}}
+
+
+def _masks(given: Inputs, mask: Tensor) -> dict[str, Tensor]:
+    """The arguments that hide padding, for tokens that ``mask`` ``[B, T]`` covers."""
+    found = {} if given.mask_name is None else {given.mask_name: mask}
+    if given.canvas:
+        found["decoder_attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], given.canvas)], 1)
+    return found
 
 
 def _padding(given: Inputs) -> Tensor:
@@ -66,14 +74,15 @@ def forward(model: Any, given: Inputs, padded: bool, use_cache: bool) -> dict[st
     if padded:
         if given.mask_name is None and not given.hidden:
             raise NotApplicable("it takes no mask")
-        if given.mask_name is not None:
-            kwargs[given.mask_name] = _padding(given)
+        kwargs |= _masks(given, _padding(given))
     logits = _outputs(model(**kwargs))
     return {"logits": _real(logits, kwargs[given.mask_name]) if padded and given.mask_name else logits}
 
 
 def continued(model: Any, given: Inputs, padded: bool) -> dict[str, Tensor]:
     """Logits of calls that continue a cache: a first part, one token, several, one, one."""
+    if padded and given.text is not None:
+        given = given.text  # outside of generate() few families continue a padded batch with images
     names = arguments(model.forward)
     name = next((each for each in _CACHES if each in names), None)
     if name is None:
@@ -86,8 +95,8 @@ def continued(model: Any, given: Inputs, padded: bool) -> dict[str, Tensor]:
     cache, start, parts = None, 0, []
     for end in cuts:
         kwargs = {given.ids_name: given.ids[:, start:end], **_source(given, padded, start, end)}
-        if padded and given.mask_name is not None:
-            kwargs[given.mask_name] = mask[:, :end]
+        if padded:
+            kwargs |= _masks(given, mask[:, :end])
         if "use_cache" in names:
             kwargs["use_cache"] = True
         if cache is not None:
@@ -127,6 +136,8 @@ def generate(model: Any, given: Inputs, beams: int) -> dict[str, Tensor]:
     )
     if isinstance(output, Tensor):
         return {"sequences": output}
+    if not hasattr(output, "sequences"):
+        raise NotApplicable("it generates no tokens")
     result = {"sequences": output.sequences}
     if beams > 1 and getattr(output, "sequences_scores", None) is not None:
         result["scores"] = output.sequences_scores

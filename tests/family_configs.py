@@ -47,7 +47,7 @@ _SIZES: list[tuple[str, Any]] = [
 _KEPT = re.compile(
     r"sampling_rate|sample_rate|chunk_size_feed_forward|patch|stride|kernel|image_size|num_mel_bins|_per_second|seed"
 )
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 _COMPUTED = ("layer_types", "layers_block_type")  # lists that may be properties
 # Sizes that some families neither declare nor compute.
 _MISSING = {"num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -143,7 +143,8 @@ def _layers(config: Any, defaults: dict[str, Any], token: _TokenIds) -> dict[str
     values = {name: _value(config, name) for name in defaults}
     values = {name: value for name, value in values.items() if isinstance(value, (list, tuple))}
     per_layer = {int(i): each for i, each in (config.to_dict().get("per_layer_config") or {}).items()}
-    lists = {name: value for name, value in values.items() if len(value) == count}
+    indices = {name: value for name, value in values.items() if _lists_layers(name, value, count)}
+    lists = {name: value for name, value in values.items() if len(value) == count and name not in indices}
     computed = [getattr(config, name, None) for name in _COMPUTED if name not in lists]
     computed = [
         value
@@ -163,7 +164,7 @@ def _layers(config: Any, defaults: dict[str, Any], token: _TokenIds) -> dict[str
     for name, value in values.items():
         if name in lists:
             picks[name] = type(value)(_small(name, value[i], token) for i in chosen)
-        elif _lists_layers(name, value, count):
+        elif name in indices:
             picks[name] = type(value)([chosen.index(i) for i in value if i in chosen] or [len(chosen) - 1])
     if per_layer:
         picks["per_layer_config"] = {chosen.index(i): each for i, each in per_layer.items() if i in chosen}
@@ -171,9 +172,10 @@ def _layers(config: Any, defaults: dict[str, Any], token: _TokenIds) -> dict[str
 
 
 def _lists_layers(name: str, value: Any, count: int) -> bool:
+    """Whether a value is a list of numbers of layers."""
     if not re.search(r"layers?$|idxs$|indexes$|indices$|layer_ids$", name):
         return False
-    return len(value) > 0 and all(isinstance(each, int) and 0 <= each < count for each in value)
+    return len(set(value)) == len(value) > 0 and all(isinstance(each, int) and 0 <= each < count for each in value)
 
 
 def _small(name: str, value: Any, token: _TokenIds) -> Any:

@@ -38,7 +38,7 @@ def _with_images(model: Any, text: Inputs) -> Inputs:
                 generate(model, dataclasses.replace(mixed, new_tokens=2), beams=1)
         except Exception:  # the next one, or text alone: the stock model says so, not the enabled one
             continue
-        return mixed
+        return dataclasses.replace(mixed, images=True, text=text)
     return text
 
 
@@ -91,6 +91,6 @@ def _mixed(model: Any, text: Inputs, images: dict[str, Tensor], names: list[str]
         mask = torch.ones_like(ids)
         hidden = {"attention_mask": hide_end(mask)}
         always = {**text.always, "input_ids": ids, "attention_mask": mask, **images, **types}
-        return dataclasses.replace(text, always=always, hidden=hidden, images=True)
-    along = {**text.along, **{name: (value, 1) for name, value in types.items()}}
-    return dataclasses.replace(text, ids=ids, once={**text.once, **images}, along=along, images=True)
+        return dataclasses.replace(text, always=always, hidden=hidden)
+    first = {name: (value, 1) for name, value in types.items()}
+    return dataclasses.replace(text, ids=ids, once={**text.once, **images}, along_first=first)

@@ -27,13 +27,16 @@ class Inputs:
         once: what goes with the first tokens only: images that stand at placeholders, features of an encoder.
         always: what goes with each call.
         along: what goes with tokens, and its axis of them: one slice for each token, or several of equal number.
+        along_first: like ``along``, for the first call only.
         hidden: by name, the masks in ``once`` and ``always`` with padding at the end of row 0, for padded calls.
         generates: what ``generate`` gets in place of ``once`` and ``always``, None for the same.
         generates_ids: whether ``generate`` gets ``ids`` and a mask.
         encoder: whether an encoder reads something, and the decoder something else.
         rows: rows of ``ids`` for each row of the batch.
         new_tokens: that ``generate`` makes.
+        canvas: tokens of a draft behind the others, which a ``decoder_attention_mask`` tells from padding.
         images: whether an image is among them although text would do.
+        text: the same without it.
     """
 
     ids: Tensor
@@ -42,13 +45,16 @@ class Inputs:
     once: dict[str, Any] = field(default_factory=dict)
     always: dict[str, Any] = field(default_factory=dict)
     along: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    along_first: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     hidden: dict[str, Tensor] = field(default_factory=dict)
     generates: dict[str, Any] | None = None
     generates_ids: bool = True
     encoder: bool = False
     rows: int = 1
     new_tokens: int = 12
+    canvas: int = 0
     images: bool = False
+    text: Inputs | None = None
 
 
 def generator(seed: int) -> torch.Generator:

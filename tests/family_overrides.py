@@ -17,6 +17,7 @@ _NEMOTRON_H = {
 _VOCABULARY_MAP = {"<image>": 200, **{f"IMGIMG{chr(ord('A') + i)}Z": 210 + i for i in range(10)}}
 _NO_LAYER_INPUTS = {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_WINDOW_AND_FULL = ["sliding_attention", "full_attention"]
 _CODEC = {"num_filters": 4, "depths": [1, 1, 1, 1, 1, 1, 1]}
 _MROPE = {**_ROPE, "mrope_section": [2, 3, 3]}
 _WITH_MROPE = (  # text parts that fall back on sections of heads of their own size
@@ -46,10 +47,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 200},
     "blt": {"num_hidden_layers": 2},
     "chameleon": {"vocabulary_map": _VOCABULARY_MAP},
+    "clvp_encoder": {"num_attention_heads": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dory": {
         "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": _WINDOW_AND_FULL * 2,
         "n_input_layers": 1,
         "n_recurrent_layers": 2,
         "n_output_layers": 1,
@@ -57,7 +59,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "dots1": {"n_shared_experts": 1, "layer_types": ["full_attention", "sliding_attention"], "max_window_layers": 1},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "diffusion_gemma_text": {
+        "num_hidden_layers": 4,
+        "layer_types": _WINDOW_AND_FULL * 2,
+        "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
     "dots3_note_text": {
         "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}},
     },
@@ -71,6 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "glm5_next_text": {"index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite_speech5_encoder": {"num_key_value_heads": 4},
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[0, 0]],
@@ -89,15 +99,29 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4": {"": {"vision_config": {"model_type": "gemma4_vision"}}},
     "gemma4_text": {
         "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": _WINDOW_AND_FULL * 2,
         "num_kv_shared_layers": 2,
         "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
     },
+    "laguna": {"layer_types": _WINDOW_AND_FULL},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "mllama": {"vision_config.vision_output_dim": 128},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "mistral": {"sliding_window": None},  # as in all but the first release
+    "mistral_large4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["indexed_attention"] * 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "indexer_types": ["full"] * 4,
+        "no_rope_layers": [1, 1, 0, 0],
+        "kv_source_layers": [0, 1, 2, 2],
+    },
+    "nemotron3_5_asr": {"default_prompt_id": 1},
+    "mellum": {"layer_types": _WINDOW_AND_FULL},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "ministral": {"layer_types": _WINDOW_AND_FULL},
     "mimi": {"upsample_groups": 64, "num_filters": 4},
     "muse_spark_audio": {"hidden_sizes": (16, 16, 32, 64), "depths": (1, 1, 1, 1)},
     "moonshine_streaming": {"num_key_value_heads": 4},
@@ -124,7 +148,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 210},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "shieldgemma2": {"mm_tokens_per_image": 4},
-    "step3p5": {"sliding_window": 24},
+    "step3p5": {"layer_types": _WINDOW_AND_FULL, "sliding_window": 24},
     "vibevoice_acoustic_tokenizer": _CODEC,
     "vibevoice_acoustic_tokenizer_decoder": _CODEC,
     "vibevoice_acoustic_tokenizer_encoder": _CODEC,
@@ -136,4 +160,5 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
         "num_key_value_heads": 4,
     },
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 24},
 }

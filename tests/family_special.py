@@ -149,6 +149,10 @@ def _frames(config: Any) -> Tensor:
     return noise(BATCH, 96, getattr(encoder, "input_dim", None) or encoder.num_mel_bins)
 
 
+def _stacked_frames(config: Any) -> Tensor:
+    return noise(BATCH, 96, 4 * config.encoder_config.num_mel_bins)
+
+
 def _talker(model: Any) -> Inputs:
     """A model that speaks what another one thinks: it reads hidden states."""
     config = model.config
@@ -176,6 +180,10 @@ def _kyutai(model: Any) -> Inputs:
 
 def _second_codebook(config: Any) -> dict[str, Any]:
     return {"generation_steps": 1}
+
+
+def _voice(config: Any) -> dict[str, Any]:
+    return {"input_features": noise(BATCH, config.decoder_config.feature_size, 64)}
 
 
 def _realtime(model: Any) -> Inputs:
@@ -208,6 +216,14 @@ def _robot(model: Any) -> Inputs:
 def _units(model: Any) -> Inputs:
     embeds = noise(BATCH, SOURCE, model.config.hidden_size)
     return sequence_to_sequence(model, inputs_embeds=embeds)
+
+
+def _characters(model: Any) -> Inputs:
+    result = _units(model)
+    counts = torch.full((BATCH, SOURCE), 2)
+    result.always |= {"char_input_ids": tokens(BATCH, 2 * SOURCE), "char_count_per_id": counts}
+    result.always["attention_mask"] = torch.ones(BATCH, SOURCE, dtype=torch.long)
+    return result
 
 
 def _seamless(model: Any) -> Inputs:
@@ -272,16 +288,18 @@ SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "BlipForConditionalGeneration": _with(_pixel_values, always=True),
     "BlipForQuestionAnswering": _question,
     "CanaryForConditionalGeneration": _features(_mel),
+    "ClvpModelForConditionalGeneration": _with(_voice, always=True),
     "CohereAsrForConditionalGeneration": _features(_mel),
     "CsmDepthDecoderForCausalLM": _depth_decoder(
         "backbone_last_hidden_state", lambda c: c.num_codebooks, lambda c: c.backbone_hidden_size
     ),
     "CsmForConditionalGeneration": _codebooks(lambda c: c.num_codebooks),
+    "DiffusionGemmaForBlockDiffusion": lambda m: Inputs(tokens(BATCH, PROMPT), canvas=m.config.canvas_length),
     "DiaForConditionalGeneration": _dia,
     "Gemma4AssistantForCausalLM": _assistant,
     "Gemma4UnifiedAssistantForCausalLM": _assistant,
     "GradiumPhononTTSForConditionalGeneration": _prompt_of_speech,
-    "GraniteSpeech5ForCTC": _encoder_only("input_features", _frames),
+    "GraniteSpeech5ForCTC": _encoder_only("input_features", _stacked_frames),
     "IdeficsForVisionText2Text": _idefics,
     "InstructBlipForConditionalGeneration": _instruct_blip(),
     "InstructBlipVideoForConditionalGeneration": _instruct_blip(2),
@@ -300,6 +318,10 @@ SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "OmniASRForCTC": _encoder_only("input_values", lambda c: noise(BATCH, 1, 8000)),
     "PI0ForConditionalGeneration": _robot,
     "ParakeetForCTC": _encoder_only("input_features", _frames),
+    "NemotronAsrStreamingForRNNT": _features(_mel),
+    "Nemotron3_5AsrForRNNT": _features(_mel),
+    "ParakeetForRNNT": _features(_mel),
+    "ParakeetForTDT": _features(_mel),
     "PPFormulaNetForConditionalGeneration": _features(_pixel_values),
     "Pix2StructForConditionalGeneration": _features(_patches),
     "PocketTTSForConditionalGeneration": _prompt_of_speech,
@@ -313,7 +335,7 @@ SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "SeamlessM4TTextToUnitForConditionalGeneration": _units,
     "SeamlessM4Tv2ForSpeechToSpeech": _features(_speech),
     "SeamlessM4Tv2Model": _seamless,
-    "SeamlessM4Tv2TextToUnitForConditionalGeneration": _units,
+    "SeamlessM4Tv2TextToUnitForConditionalGeneration": _characters,
     "SeamlessM4Tv2ForSpeechToText": _features(_speech),
     "Speech2TextForConditionalGeneration": _features(
         lambda c: {"input_features": noise(BATCH, 40, c.input_feat_per_channel)}
