@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -49,6 +50,7 @@ _KEPT = re.compile(
 )
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 _COMPUTED = ("layer_types", "layers_block_type")  # lists that may be properties
+_TAKES_PARTS = hasattr(PretrainedConfig, "sub_configs_defaults")  # whether parts may be configs, not only dictionaries
 # Sizes that some families neither declare nor compute.
 _MISSING = {"num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
 
@@ -56,7 +58,8 @@ _MISSING = {"num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 4, "nu
 def tiny_config(name: str, config_class: Any) -> Any:
     """A small config of the family ``name``: one layer of each kind, at least two, and heads of 16 channels."""
     overrides = OVERRIDES.get(name, {})
-    return _shrink(config_class(**overrides.get("", {})), overrides, _TokenIds())
+    default = config_class(**copy.deepcopy(overrides.get("", {})))
+    return _shrink(default, overrides, _TokenIds())
 
 
 class _TokenIds:
@@ -83,24 +86,27 @@ def _declared(config_class: Any) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
 
-def _value(config: Any, name: str) -> Any:
+def _value(config: Any, name: str, default: Any = None) -> Any:
     """An attribute, also where layers differ in it: then the one that most layers have."""
-    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+    return vars(config)[name] if name in vars(config) else getattr(config, name, default)
 
 
 def _shrink(config: Any, overrides: dict[str, Any], token: _TokenIds) -> Any:
     overrides = {**OVERRIDES.get(config.model_type, {}), **overrides}
     defaults = _declared(type(config))
+    parts = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
+    defaults |= {name: None for name in parts if name not in defaults}
     picks = _layers(config, defaults, token)
     kwargs: dict[str, Any] = {}
     for name, given in defaults.items():
-        value = _value(config, name)
+        value = _value(config, name, given)
         if name in picks:
             kwargs[name] = picks[name]
         elif isinstance(value, PretrainedConfig):
             prefix = name + "."
             below = {path.removeprefix(prefix): each for path, each in overrides.items() if path.startswith(prefix)}
-            kwargs[name] = _shrink(value, below, token)
+            part = _shrink(value, below, token)
+            kwargs[name] = part if _TAKES_PARTS else part.to_dict()
         elif given is not None or (name == "rope_parameters" and value is not None):
             kwargs[name] = _small(name, value, token)
         elif value is None and name in _MISSING:
@@ -117,7 +123,7 @@ def _shrink(config: Any, overrides: dict[str, Any], token: _TokenIds) -> Any:
             i: {name: _small(name, value, token) for name, value in layer.items()} for i, layer in per_layer
         }
     given = {path: value for path, value in overrides.items() if path and "." not in path}
-    kwargs.update({name: value() if callable(value) else value for name, value in given.items()})
+    kwargs.update({name: value() if callable(value) else copy.deepcopy(value) for name, value in given.items()})
     return type(config)(**kwargs)
 
 

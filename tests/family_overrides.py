@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _NEMOTRON_H = {
@@ -30,7 +30,14 @@ _WITH_MROPE = (  # text parts that fall back on sections of heads of their own s
     "qwen2_5_omni_text",
     "qwen2_5_omni_talker",
     "hunyuan_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "qwen3_omni_moe_text",
 )
+# Where a config keeps its rotary parameters.
+_ROPE_NAME = "rope_parameters" if hasattr(PretrainedConfig, "convert_rope_params_to_dict") else "rope_scaling"
+_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+_MUSIC = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
 
 
 def _small_vision() -> Any:
@@ -70,10 +77,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {
         "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}},
     },
+    "encoder-decoder": {"": {"encoder": {"model_type": "bert"}, "decoder": _DECODER}},
     "encodec": {"num_filters": 4},
-    **{name: {"rope_parameters": _MROPE} for name in _WITH_MROPE},
+    **{name: {_ROPE_NAME: _MROPE} for name in _WITH_MROPE},
     "emu3": {"vocabulary_map": _VOCABULARY_MAP},
-    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    "glm4v_moe_text": {_ROPE_NAME: {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
     "fast_vlm": {"vision_config": _small_vision},
@@ -86,14 +94,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [1, 1, 1, 1],
     },
-    "granitemoehybrid": {**_MAMBA2, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention"]},
     "gemma4_assistant": {
         "": {"text_config": {"model_type": "gemma4_text", **_NO_LAYER_INPUTS}},
         "text_config.num_kv_shared_layers": 4,
     },
     "instructblip": {"image_token_index": 200},
     "instructblipvideo": {"video_token_index": 200},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kosmos-2": {"latent_query_num": 8},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {"": {"vision_config": {"model_type": "gemma4_vision"}}},
@@ -107,6 +115,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "mllama_text_model": {_ROPE_NAME: _ROPE},
     "mllama": {"vision_config.vision_output_dim": 128},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "mistral": {"sliding_window": None},  # as in all but the first release
@@ -125,6 +134,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 64, "num_filters": 4},
     "muse_spark_audio": {"hidden_sizes": (16, 16, 32, 64), "depths": (1, 1, 1, 1)},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "musicgen": {"": {**_MUSIC, "decoder": {"model_type": "musicgen_decoder"}}},
+    "musicgen_melody": {"": {**_MUSIC, "decoder": {"model_type": "musicgen_melody_decoder"}}},
     "musicgen_decoder": {"vocab_size": 128},
     "musicgen_melody_decoder": {"vocab_size": 128},
     "nemotron_h": _NEMOTRON_H,
@@ -148,16 +159,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 210},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "shieldgemma2": {"mm_tokens_per_image": 4},
+    "speech-encoder-decoder": {"": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER}},
     "step3p5": {"layer_types": _WINDOW_AND_FULL, "sliding_window": 24},
     "vibevoice_acoustic_tokenizer": _CODEC,
     "vibevoice_acoustic_tokenizer_decoder": _CODEC,
     "vibevoice_acoustic_tokenizer_encoder": _CODEC,
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "vision-encoder-decoder": {"": {"encoder": {"model_type": "vit"}, "decoder": _DECODER}},
     "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
+        "use_mamba_kernels": False,
         "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "num_key_value_heads": 4,
     },
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 24},
