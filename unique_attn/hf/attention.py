@@ -154,7 +154,7 @@ def _refusal(
     return (
         kind_reason(module, q, k, v, kwargs, layer.window)
         or layer.refuses(step, query, mask)
-        or call_reason(query, mask, dropout, kwargs)
+        or call_reason(module, query, mask, dropout, kwargs)
     )
 
 
@@ -198,9 +198,11 @@ def _training(
     refusal = (
         module_reason(module)
         or kind_reason(module, q, k, v, kwargs)
-        or call_reason(q, mask, dropout, kwargs)
+        or call_reason(module, q, mask, dropout, kwargs)
         or unknown
     )
+    if refusal is None and not is_causal(module, kwargs):
+        refusal = Refusal("it is not causal")
     if refusal is None and any(kwargs.get(name) is not None for name in SINKS):
         refusal = Refusal("it uses attention sinks")
     out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)
@@ -280,7 +282,12 @@ def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: 
     Only a cache that was passed to the model is looked at: one that the model makes in a first forward is given pages
     when it comes back.
     """
-    if query.shape[2] >= key.shape[2] or module_reason(module) or kind_reason(module, query, key, value, kwargs):
+    if query.shape[2] >= key.shape[2]:
+        return
+    refusal = module_reason(module) or kind_reason(module, query, key, value, kwargs)
+    if refusal is not None:
+        if not refusal.quiet:
+            _warn(module, refusal)
         return
     warn_once(
         f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "

@@ -92,10 +92,10 @@ def _registered_mask(name: str, kwargs: dict[str, Any]) -> Any:
     return function(**kwargs)
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: Any) -> str | None:
     """The name under which a model's forward takes its cache: ``past_key_values`` up to some 5.x, then ``cache``."""
     names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    return next((name for name in ("cache", "past_key_values", "layer_past", "cache_params") if name in names), None)
 
 
 def is_plain_causal_step(kwargs: dict[str, Any]) -> bool:

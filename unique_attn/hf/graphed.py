@@ -129,7 +129,7 @@ class GraphedDecoder:
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
-        options[cache_argument(self.model)] = dense
+        options[cache_argument(self.model) or "past_key_values"] = dense
         logits = self.model(input_ids, position_ids=position_ids, use_cache=True, **options).logits[:, -1]
         self.cache.fill(dense, padding)
         self.cache.offset.copy_(position_ids[:, -1] + 1 - self.cache.seq_lens)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import PreTrainedModel, family_of, warn_once
+from unique_attn.hf.compat import PreTrainedModel, cache_argument, family_of, warn_once
 from unique_attn.hf.hooks import (
     IMPLEMENTATION,
     KEEPS,
@@ -83,6 +83,8 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
         raise ValueError(f"config.dense_layers: expected layers from 0 to {max(layers)}, got {missing}")
     detach(inner)
     reason = never_sparse(inner, modules)
+    if reason is None and train is None and cache_argument(inner) is None:
+        reason = "its forward takes no cache"
     if reason is not None:
         warn_once(f"{type(inner).__name__} keeps its own attention and is dense: {reason}", type(inner), reason)
         disable(model)

@@ -134,10 +134,12 @@ def kind_reason(
     return None if reason is None else Refusal(reason, lasting=True)
 
 
-def call_reason(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> Refusal | None:
+def call_reason(
+    module: nn.Module, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> Refusal | None:
     """Why only this call cannot use pages; None if it can."""
     # A single query is the last one, and a mask says itself what is causal.
-    if kwargs.get("is_causal") is False and mask is None and query.shape[2] > 1:
+    if query.shape[2] > 1 and mask is None and not is_causal(module, kwargs):
         return Refusal("it is not causal")
     if kwargs.get("output_attentions"):
         return Refusal("output_attentions needs all weights")
@@ -151,8 +153,6 @@ def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _lasting(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str | None:
-    if not getattr(module, "is_causal", True):
-        return "it is not causal"
     if kwargs.get("softcap") is not None:
         return "it softcaps its logits"
     for name in ("head_mask", "position_bias"):

@@ -67,7 +67,7 @@ class GraphedStep:
 
     def __init__(self, model: nn.Module, cache: StepCache, batch: int, sample: Sampler = greedy) -> None:
         self.model, self.cache, self.sample = model, cache, sample
-        self._cache_argument = cache_argument(model)
+        self._cache_argument = cache_argument(model) or "past_key_values"
         self.device = next(model.parameters()).device
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
         self.logits: Tensor | None = None  # [B, vocabulary] of the last step
