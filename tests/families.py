@@ -23,6 +23,8 @@ from family_configs import tiny_config
 from family_images import inputs
 from family_names import families
 
+from unique_attn.bench._machine import environment
+
 __all__ = ["build", "families", "inputs"]
 LIMIT = 60  # seconds for each family
 
@@ -79,9 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     counts = Counter(verdict.verdict for verdict in verdicts.values())
     print(f"{', '.join(f'{n} {kind}' for kind, n in counts.most_common())}; {time.perf_counter() - start:.0f} s")
     if options.json:
-        found = {name: verdict.as_dict() for name, verdict in verdicts.items()}
-        result = {"transformers": transformers.__version__, "torch": torch.__version__, "families": found}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = {
+            "bench": "families",
+            "transformers": transformers.__version__,
+            "environment": environment(torch.device("cpu")),
+        }
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each.as_dict())}" for name, each in verdicts.items())
+        head = json.dumps(result, indent=1).removesuffix("\n}")
+        options.json.write_text(f'{head},\n "families": {{\n{lines}\n}}}}\n', encoding="utf-8")
     return int(counts[WRONG] > 0)
 
 

@@ -58,7 +58,9 @@ class Verdict:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is worth keeping: cases only where they are not the same."""
+        values = {**asdict(self), "cases": {name: said for name, said in self.cases.items() if said != "same"}}
+        return {name: value for name, value in values.items() if value not in ([], {}, "", False) and name != "seconds"}
 
 
 class TimeIsUpError(BaseException):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unique_attn._command import Parser
-from unique_attn.bench import _charts, _quality, _tables
+from unique_attn.bench import _charts, _families, _quality, _tables
 from unique_attn.bench._tables import table as _table
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
@@ -247,7 +247,12 @@ def replace_block(text: str, block: str, opening: str = BEGIN, closing: str = EN
 def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What goes between which markers of the README."""
     first = {"results": render(results), "training results": training(results)}
-    return {**first, "index quality results": _quality.block(results), **_tables.blocks(results)}
+    return {
+        **first,
+        "index quality results": _quality.block(results),
+        "families": _families.block(results),
+        **_tables.blocks(results),
+    }
 
 
 def markers(name: str) -> tuple[str, str]:
