@@ -27,9 +27,10 @@ def block(results: Sequence[Mapping[str, Any]]) -> str:
     counts = {verdict: sum(len(names) for kind, names in ordered if kind[0] == verdict) for verdict in ORDER}
     versions = ", ".join(sorted((r["transformers"] for r in sweeps), key=_version))
     return (
-        f"Of {len(newest['families'])} families in transformers {newest['transformers']}, {counts['sparse']} are sparse, "
-        f"{counts['dense']} dense, {counts['refused']} refused by name, and {counts['wrong'] or 'none'} differs from its "
-        f"stock attention; {counts['not built']} could not be built. Swept: {versions}.\n\n"
+        f"Of {len(newest['families'])} families in transformers {newest['transformers']}, "
+        f"{counts['sparse']} are sparse, "
+        f"{counts['dense']} dense, {counts['refused']} refused by name, and {counts['wrong'] or 'none'} differs from "
+        f"its stock attention; {counts['not built']} could not be built. Swept: {versions}.\n\n"
         "<details>\n<summary>The families by name</summary>\n\n"
         + table(("what happens", "families", "which"), rows)
         + "\n</details>\n"

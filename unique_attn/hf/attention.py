@@ -36,7 +36,6 @@ __all__ = ["UnsupportedFeatureError", "unique_attention_forward", "unique_mask"]
 
 _LISTED = Refusal("listed in dense_layers", lasting=True, quiet=True)
 _CHANGED = Refusal("it changes the keys or values that it gets from its cache", lasting=True)
-_EAGER = (*SINKS, "softcap")  # arguments by which sdpa would compute something else
 
 
 def unique_attention_forward(
@@ -224,11 +223,14 @@ def dense_attention(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """What the stock implementations compute: ``sdpa``, or the family's eager attention where sdpa cannot."""
-    has_sdpa = not family_of(module).eager_only
-    wanted = [name for name in _EAGER if kwargs.get(name) is not None]
+    """What the model computed before it was enabled, else ``sdpa``, or eager attention where sdpa cannot."""
+    has_sdpa, hook = not family_of(module).eager_only, hook_of(module)
+    stock = None if hook is None else hook.stock
+    wanted = [name for name in SINKS if kwargs.get(name) is not None]
     wanted += ["output_attentions"] * bool(kwargs.get("output_attentions"))
-    if has_sdpa and not wanted:
+    if kwargs.get("softcap") is not None and stock != "sdpa":  # transformers 4 has it left out by sdpa
+        wanted.append("softcap")
+    if has_sdpa and not wanted and stock != "eager":
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -239,7 +241,7 @@ def dense_attention(
         mask = additive_mask(attention_mask, query, key, causal)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    if wanted == ["output_attentions"] and has_sdpa:  # as stock: sdpa, which says that it has no weights
+    if has_sdpa and wanted in ([], ["output_attentions"]):  # as stock: sdpa, which says that it has no weights
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -33,12 +33,21 @@ class CacheHook:
     Attributes:
         config: settings for caches that have none of their own.
         train: what the layers of the model share in training, None if its training is dense.
+        stock: the attention implementation before the model was enabled, None if it was loaded as ``"unique"``.
+        outermost: whether the caches that it sees come from outside of the model, empty ones too.
     """
 
-    def __init__(self, config: UniqueConfig, train: TrainState | None = None, *, outermost: bool = False) -> None:
-        """``outermost``: whether the caches that it sees come from outside of the model, empty ones too."""
+    def __init__(
+        self,
+        config: UniqueConfig,
+        train: TrainState | None = None,
+        stock: str | None = None,
+        *,
+        outermost: bool = False,
+    ) -> None:
         self.config = config
         self.train = train
+        self.stock = stock
         self.outermost = outermost
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,10 +65,12 @@ def hook_of(module: nn.Module) -> CacheHook | None:
     return vars(module).get(_ATTRIBUTE)
 
 
-def attach(model: nn.Module, config: UniqueConfig, train: TrainState | None = None) -> CacheHook:
+def attach(
+    model: nn.Module, config: UniqueConfig, train: TrainState | None = None, stock: str | None = None
+) -> CacheHook:
     """Put these settings on ``model``, in place of those that are there."""
     detach(model)
-    outer, inner = CacheHook(config, train, outermost=True), CacheHook(config, train)
+    outer, inner = CacheHook(config, train, stock, outermost=True), CacheHook(config, train, stock)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.register_forward_pre_hook(outer if module is model else inner, with_kwargs=True)

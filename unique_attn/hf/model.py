@@ -101,7 +101,8 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
             )
         setattr(inner, _BEFORE, before)
     setattr(text, SAVED, config.to_dict())
-    attach(inner, config, state)
+    first: _Before | None = vars(inner).get(_BEFORE)
+    attach(inner, config, state, None if first is None else first.implementation)
     if state is not None:
         state.prepare(modules)
     if all(window_of(module) != 0 for module in modules):
