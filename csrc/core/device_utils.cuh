@@ -34,6 +34,9 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+__device__ __forceinline__ constexpr float largest_number(__nv_bfloat16) { return largest_number(BF16()); }
+__device__ __forceinline__ constexpr float largest_number(__half) { return largest_number(F16()); }
+
 // Within one place of the last bit; subnormal numbers are 0.
 __device__ __forceinline__ float sqrt_fast(float x) {
   float y;

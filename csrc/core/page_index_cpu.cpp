@@ -56,7 +56,7 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
     store(lanes, sqrt(V(sum_lanes(total_var))), Full());
     Out* slot = entry + RuleT::kVectors * head_dim;
     __builtin_memset(slot, 0, kScalarBytes);
-    from_scalar(lanes[0], *slot);
+    from_scalar(stored_scalar(lanes[0], Acc(largest_number(Out()))), *slot);
   }
 }
 

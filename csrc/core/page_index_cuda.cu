@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kMaxHeadDim)
     const float total_var = block_sum(stats.var, scratch);
     // The whole slot is written, so that equal pages have equal bytes.
     constexpr int slot = static_cast<int>(kScalarBytes / sizeof(T));
-    if (d < slot) vectors[RuleT::kVectors * p.head_dim + d] = from_float<T>(d == 0 ? sqrtf(total_var) : 0.f);
+    const float scalar = stored_scalar(sqrtf(total_var), largest_number(T()));
+    if (d < slot) vectors[RuleT::kVectors * p.head_dim + d] = from_float<T>(d == 0 ? scalar : 0.f);
   }
 }
 
