@@ -103,12 +103,4 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
   for (int i = 0; i < static_cast<int>(8 * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
 }
 
-// Row of a paged cache that holds token `position` of sequence `b`.
-template <typename T>
-__device__ __forceinline__ int64_t token_row(const PagedView& cache, const PageTable& table, int b, int head,
-                                             int position) {
-  const int block = table.blocks[b * table.stride_seq + position / table.block_size];
-  return block * cache.stride_block + head * cache.stride_head + (position % table.block_size) * cache.stride_token;
-}
-
 }  // namespace unique_attn

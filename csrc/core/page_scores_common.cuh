@@ -36,8 +36,7 @@ struct ScoreTile {
   int token_begin, num_tokens;
   int page_begin, page_end;
   int seq_len;
-  int first_page;  // pages that any token of the tile sees: from here
-  PageRange last;  // to the end of what the last token sees
+  PageRange seen;  // pages that any token of the tile sees
 };
 
 __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const ScoreGrid& grid) {
@@ -49,16 +48,7 @@ __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const
   tile.page_begin = static_cast<int>(blockIdx.y) * grid.pages_per_block;
   tile.page_end = min(tile.page_begin + grid.pages_per_block, p.num_pages);
   tile.seq_len = p.table.seq_lens[tile.b];
-  tile.last = visible_pages(query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + tile.num_tokens - 1),
-                            p.window, p.table.page_size);
-  tile.first_page = tile.last.first;
-  for (int t = 0; t + 1 < tile.num_tokens && tile.last.end > 0; ++t) {
-    const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + t);
-    if (position >= 0) {
-      tile.first_page = visible_pages(position, p.window, p.table.page_size).first;
-      break;
-    }
-  }
+  tile.seen = scored_pages(p, tile.b, tile.token_begin, tile.token_begin + tile.num_tokens);
   return tile;
 }
 

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
   const int num_tokens = tile.num_tokens;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_chunks = p.head_dim / 8;
-  const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
+  const bool nothing = max(tile.seen.first, tile.page_begin) >= min(tile.seen.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
 
   float* q_norms = shared + num_tokens * group * p.head_dim;
@@ -137,16 +137,18 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
   for (int base = tile.page_begin; base < tile.page_end; base += kPagesPerStep) {
     const int page = base + static_cast<int>(threadIdx.x) / kLanes;
     const bool in_row = page < tile.page_end;
-    const bool visible = in_row && page >= tile.first_page && page < tile.last.end;
+    const bool visible = in_row && page >= tile.seen.first && page < tile.seen.end;
     if (__all_sync(kFullMask, !visible) && !p.fill_outside) continue;
 
     EntryChunk<T, RuleT, kCompressed> raw[CPL];
     float scalar = 0.f;
 #pragma unroll
     for (int i = 0; i < CPL; ++i) raw[i].zero();
-    if (visible) {
-      const uint8_t* entry = p.index.data + table[page / pages_per_block] * p.index.stride_block +
-                             tile.head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
+    const int block = visible ? table[page / pages_per_block] : -1;
+    const bool exists = is_index(block, p.table.num_blocks);
+    if (exists) {
+      const uint8_t* entry = p.index.data + block * p.index.stride_block + tile.head * p.index.stride_head +
+                             (page % pages_per_block) * p.index.stride_page;
 #pragma unroll
       for (int i = 0; i < CPL; ++i) {
         const int chunk = lane + i * kLanes;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
 
     for (int t = 0; t < num_tokens; ++t) {
       float best = -INFINITY;
-      bool any_nan = false;
+      bool any_nan = !exists;
       for (int g = 0; g < group; ++g) {
         const int row = t * group + g;
         float u = 0.f, v = 0.f;
@@ -195,7 +197,8 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
   const int tokens = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
   const auto kernel = page_scores_kernel<T, RuleT, kCompressed, CPL>;
   static const int resident = resident_blocks(kernel, kThreads, kQueryBytes);
-  const ScoreGrid grid = plan_score_grid(p, tokens, kPagesPerStep, resident * num_sms);
+  const ScoreGrid grid = plan_score_grid(p, tokens, kPagesPerStep,
+                                         resident * num_sms);
   kernel<<<score_blocks(p, grid), kThreads, tokens * bytes_per_token, stream>>>(p, grid);
   return cudaGetLastError();
 }

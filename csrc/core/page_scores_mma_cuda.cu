@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
   const ScoreTile tile = score_tile(p, grid);
-  const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
+  const bool nothing = max(tile.seen.first, tile.page_begin) >= min(tile.seen.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_rows = tile.num_tokens * group;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
       }
     }
     ring.next();
-    const bool any = max(base, tile.first_page) < min(base + C::kPages, min(tile.last.end, tile.page_end));
+    const bool any = max(base, tile.seen.first) < min(base + C::kPages, min(tile.seen.end, tile.page_end));
     float best[C::kProducts][2];  // one tile of queries: the maxima of the rows
 #pragma unroll
     for (int m = 0; m < C::kProducts; ++m) best[m][0] = best[m][1] = -INFINITY;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
       if (group > 4) with_lane(2);  // else two lanes, 4 neighbouring columns, have seen all heads
       // Each lane of a quad writes one of its pages, if it has so many.
       const int page = base + lane / 4 + lane % 4 * 8;
-      const bool visible = page >= tile.first_page && page < tile.last.end;
+      const bool visible = page >= tile.seen.first && page < tile.seen.end;
       if (lane % 4 < C::kProducts * 2 && page < tile.page_end && (visible || p.fill_outside)) {
         const auto pick = [&](int m) { return lane % 2 == 0 ? best[m][0] : best[m][1]; };
         const float score = C::kProducts == 1 || lane % 4 < 2 ? pick(0) : pick(C::kProducts - 1);
@@ -235,7 +235,8 @@ cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStrea
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   static const int resident = resident_blocks(kernel, kThreads, kBytes);
-  const ScoreGrid grid = plan_score_grid(p, tokens, C::kStep, resident * num_sms);
+  const ScoreGrid grid =
+      plan_score_grid(p, tokens, C::kStep, resident * num_sms);
   return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid, pieces);
 }
 

@@ -20,6 +20,7 @@ AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Ten
   p.num_kv_heads = static_cast<int>(k.size(2));
   p.head_dim = static_cast<int>(k.size(3));
   p.block_size = static_cast<int>(k_cache.size(2));
+  p.num_blocks = static_cast<int>(k_cache.size(0));
   p.slots = slots;
   p.table = table;
   return call;

@@ -13,7 +13,7 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
   p.k_cache = args.cache("k_cache", k_cache);
   p.index = args.index(index, index_format, p.rule, k_cache.size(0), k_cache.size(1), k_cache.size(3));
   const int64_t batch = seq_lens.dim() == 1 ? seq_lens.size(0) : 0;
-  p.table = args.table(block_table, seq_lens, batch, k_cache.size(2), page_size);
+  p.table = args.table(block_table, seq_lens, batch, k_cache.size(0), k_cache.size(2), page_size);
   args.size("index", index, 2, k_cache.size(2) / page_size, "pages of a block");
   args.range("max_new_tokens", max_new_tokens, 0, INT32_MAX);
   if (start_lens.has_value()) {

@@ -17,7 +17,7 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   args.groups(q.size(2), index.size(1));
   p.index = args.index(index, index_format, p.rule, -1, index.size(1), q.size(3));
   args.page_size(page_size);
-  p.table = args.table(block_table, seq_lens, q.size(0), index.size(2) * page_size, page_size);
+  p.table = args.table(block_table, seq_lens, q.size(0), index.size(0), index.size(2) * page_size, page_size);
   if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, index.size(2) * page_size, index.size(0));
   p.batch = static_cast<int>(q.size(0));
   p.num_query_tokens = static_cast<int>(q.size(1));

@@ -17,7 +17,7 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   for (int64_t dim = 0; dim < 4; ++dim) args.size("v_cache", v_cache, dim, k_cache.size(dim), "as in k_cache");
   args.size("k_cache", k_cache, 3, q.size(3), "head dimension of q");
   args.groups(q.size(2), k_cache.size(1));
-  p.table = args.table(block_table, seq_lens, q.size(0), k_cache.size(2), page_size);
+  p.table = args.table(block_table, seq_lens, q.size(0), k_cache.size(0), k_cache.size(2), page_size);
   args.tensor("pages", pages, ScalarType::Int, 4);
   args.size("pages", pages, 0, q.size(0), "sequences");
   args.size("pages", pages, 1, q.size(1), "query tokens");
