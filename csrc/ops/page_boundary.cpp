@@ -1,5 +1,5 @@
-#include "runner.h"
 #include "training.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -12,8 +12,7 @@ PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens
   args.range("max_seqlen", max_seqlen, 0, INT32_MAX / 2);
   args.page_size(page_size);
   const int64_t batch = cu_seqlens.size(0) - 1;
-  // On the host the values are at hand: a wrong one never becomes an access out of bounds.
-  if (!args.is_cuda() || debug_checks()) check_cu_seqlens(args.op(), cu_seqlens, total_tokens, max_seqlen);
+  if (checks_values(args)) check_cu_seqlens(args.op(), cu_seqlens, total_tokens, max_seqlen);
   return {static_cast<const int32_t*>(cu_seqlens.data_ptr()), static_cast<int>(batch), static_cast<int>(total_tokens),
           static_cast<int>(std::min(max_seqlen, total_tokens)), static_cast<int>(page_size)};
 }

@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -21,10 +21,6 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
     args.size("start_lens", *start_lens, 0, batch, "sequences");
     args.contiguous("start_lens", *start_lens);
   }
-  if (debug_checks()) {
-    check_block_table(args.op(), block_table, seq_lens, k_cache.size(2), k_cache.size(0));
-    if (start_lens.has_value()) check_start_lens(args.op(), *start_lens, seq_lens, max_new_tokens);
-  }
   p.batch = static_cast<int>(batch);
   p.num_kv_heads = static_cast<int>(k_cache.size(1));
   p.head_dim = static_cast<int>(k_cache.size(3));
@@ -39,6 +35,7 @@ void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_l
   const Arguments args(kOp, "k_cache", k_cache);
   const PageIndexCall call = prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens, max_new_tokens,
                                                 page_size, rule, index_format);
+  if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params, start_lens);
   Runner(kOp, k_cache).run(call.params, page_index_cpu, UA_CUDA(page_index_cuda));
 }
 
