@@ -157,6 +157,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     ring.advance();
     const int first_token = first + tile * a.tokens;
     const int num_tokens = min(a.tokens, stop - first_token);
+    if (num_tokens < a.tokens && has_next(a, start, stop)) {  // the last tile; one warpgroup has it
+      const int end = num_tokens * a.group;
+      zero_rows<S::kTiles, kWarpgroup>(shared.q[stage][0], kNext, end, used_rows, thread);
+      if (spreads) zero_rows<S::kTiles, kWarpgroup>(shared.q_squares[stage][0], kNext, end, used_rows, thread);
+      finish_zero_rows<kWarpgroup>(2 + warpgroup);
+    }
     if (a.group % 2 == 0) {
       build_operands<true>(a, shared, stage, mean_operand, spread_operand, my_page, first_page, first_token,
                            num_tokens);

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int num_tiles = last_token / kKeys + 1;
   const int warpgroup = warpgroup_index();
   const int box = gate_box(kKeys, a.p.seqs.page_size);
+  const int num_pages = mean_box(a.p.seqs.page_size);  // of a tile
 
   if (threadIdx.x == 0) {
     barrier_init(&shared.q_full, 1);
@@ -64,6 +65,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init_warps(&shared.empty[i], kConsumers);
     }
     barrier_init_fence();
+  }
+  if (kSoft) {  // rows that no copy fills
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      zero_rows<S::kTiles, kThreads>(shared.mean[i][0], sizeof(shared.mean[0][0]), num_pages, kMostPages, threadIdx.x);
+    }
+    fence_async_proxy();
   }
   __syncthreads();
 
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       int bytes = 2 * static_cast<int>(sizeof(shared.k[0]));
       if (kGated) bytes += 2 * box * a.tokens * static_cast<int>(sizeof(__half));
-      if (kSoft) bytes += 2 * kBestAlign * a.tokens + static_cast<int>(sizeof(shared.mean[0]));
+      if (kSoft) bytes += 2 * kBestAlign * a.tokens + S::kTiles * num_pages * kSwizzleRow;
       const int slot = page_slot(t.start, b, a.p.seqs.page_size, 0);
       Ring<kStages> ring;
       for (int tile = num_tiles - 1; tile >= 0; --tile) {
@@ -115,7 +123,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = t.first + warpgroup * a.tokens;
   const int num_tokens = max(min(a.tokens, t.end - first), 0);
   const int page_size = a.p.seqs.page_size;
-  const int num_pages = max(kKeys >> a.page_shift, 1);  // of a tile
   const float scale = static_cast<float>(a.p.scale) * kLog2e;
   const float per_scale = 1.f / static_cast<float>(a.p.scale);
   const float per_tau = kSoft ? 1.f / *a.p.tau : 0.f;
@@ -163,6 +170,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   barrier_wait(&shared.q_full, 0);
   barrier_wait(&shared.full[0], 0);
+  // The tile that comes first may be the sequence's last. Slots past a sequence's pages hold anything.
+  const int tail = t.length - (num_tiles - 1) * kKeys;
+  if (tail < kKeys && (kSoft || has_next(a, t.start, t.length))) {
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.k[0][0], sizeof(shared.k[0][0]), tail, kKeys, threadIdx.x);
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], sizeof(shared.v[0][0]), tail, kKeys, threadIdx.x);
+    if (kSoft) {  // of incomplete pages too, which have no gate
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.mean[0][0], sizeof(shared.mean[0][0]), tail >> a.page_shift,
+                                           num_pages, threadIdx.x);
+    }
+    finish_zero_rows<2 * kWarpgroup>(3);
+  }
   wgmma_fence();
   product_abt<T, D>(s, q, kQNext, shared.k[0][0], kKeyNext);
   product_abt<T, D>(dp, grad, kQNext, shared.v[0][0], kKeyNext);

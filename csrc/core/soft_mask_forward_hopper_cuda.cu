@@ -120,6 +120,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   wgmma_commit();
   wgmma_wait<0>();
   pin(s);
+  // The tile that comes first may be the sequence's last. Of keys past the end no logit is used.
+  const int tail = t.length - (num_tiles - 1) * kKeys;
+  if (tail < kKeys && has_next(a, t.start, t.length)) {
+    barrier_wait(&shared.v_full[0], 0);
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], sizeof(shared.v[0][0]), tail, kKeys, threadIdx.x);
+    finish_zero_rows<2 * kWarpgroup>(1);
+  }
   for (int tile = num_tiles - 1; tile >= 0; --tile) {
     const int first_key = tile * kKeys;
     if (kGated) {

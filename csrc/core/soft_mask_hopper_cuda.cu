@@ -296,7 +296,7 @@ cudaError_t Launcher::backward(const SoftMaskBackwardParams& b) {
   UA_RETURN_IF(encode_tensor_map(dq.grad, queries(b.grad_out, grad_stride, p_.head_dim, p_.seqs.total_tokens)));
   UA_RETURN_IF(encode_tensor_map(dq.k, keys(p_.k, p_.k_stride_token, p_.k_stride_head, kDqKeys)));
   UA_RETURN_IF(encode_tensor_map(dq.v, keys(p_.v, p_.v_stride_token, p_.v_stride_head, kDqKeys)));
-  if (soft) UA_RETURN_IF(encode_tensor_map(dq.mean, entries(kDqKeys / 4)));
+  if (soft) UA_RETURN_IF(encode_tensor_map(dq.mean, entries(mean_box(page_size))));
   UA_RETURN_IF(each_query_chunk([&](const HopperArgs& a) {
     if (p_.mode != MaskMode::kDense) {
       UA_RETURN_IF(gates(a, soft ? ScoreOutput::kGatesForBackward : ScoreOutput::kGates));
