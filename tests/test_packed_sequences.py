@@ -1,4 +1,4 @@
-"""What a packed batch promises: no sequence sees another, whatever that holds."""
+"""What a packed batch promises: no sequence sees another, whatever that holds; any number of sequences; any strides."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import CUDA_DTYPES, DEVICES, assert_same
 from training_cases import MODES, RESULTS, RULES, TrainCase, TrainSpec, assert_all_same, build, library_mask, run
 
@@ -93,3 +94,68 @@ def test_slots_of_no_page_may_hold_anything(device: str, dtype: torch.dtype, rul
         assert_all_same(run(case, {**mask, "index": index}), clean)
         theta = ops.page_boundary(case.q, index, *case.packing, spec.num_pages, **spec.scoring)
         assert_same(theta, mask["theta"])
+
+
+# ---- Many sequences. ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_more_sequences_than_a_grid_has_in_z(device: str, mode: str) -> None:
+    """65,535 is the most that CUDA takes there."""
+    count = 65_539
+    lengths = tuple(1 + (b * b) % 3 for b in range(count))
+    shapes = [(torch.float32, 8)] if device == "cpu" else [(torch.bfloat16, 64), (torch.float32, 64)]
+    for dtype, head_dim in shapes:
+        case = plain_case(TrainSpec(lengths, 1, 2, head_dim, 4, num_pages=2, dtype=dtype, mode=mode), device)
+        got = run(case)
+        padded = [torch.zeros(count, 3, x.shape[1], head_dim, device=device) for x in (case.q, case.k, case.v)]
+        real = torch.arange(3, device=device) < torch.tensor(lengths, device=device)[:, None]
+        for to, x in zip(padded, (case.q, case.k, case.v), strict=True):
+            to[real] = x.float()
+            to.requires_grad_()
+        q, k, v = (x.transpose(1, 2) for x in padded)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)[real]
+        grads = torch.autograd.grad(out, padded, case.grad_out.float())
+        tolerance = 2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        for name, expected in zip(("out", "dq", "dk", "dv"), (out, *(x[real] for x in grads)), strict=True):
+            torch.testing.assert_close(got[name].float(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gates_of_many_sequences(device: str) -> None:
+    """The last of 65,541 sequences is long enough to have gates: it is as if alone."""
+    lengths = (*(1 + b % 3 for b in range(65_540)), 77)
+    dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]
+    for dtype in dtypes:
+        case = plain_case(TrainSpec(lengths, 1, 2, 64, 8, num_pages=4, dtype=dtype), device)
+        last = case.sequences[-1]
+        mask = library_mask(case)
+        assert bool(mask["theta"][last].isfinite().any())
+        assert_all_same(run(case.alone(last)), run(case, mask), last)
+
+
+# ---- Strides. ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_expanded_tensors(device: str, dtype: torch.dtype, mode: str, dim: int) -> None:
+    """Strides of 0, over tokens, heads or channels: the same bits as of a copy."""
+    for head_dim in (64, 128, 40):
+        case = plain_case(TrainSpec((75, 40), 2, 2, head_dim, 8, num_pages=3, dtype=dtype, mode=mode), device)
+        for name in ("q", "k", "v"):
+            tensor = getattr(case, name)
+            repeated = tensor.narrow(dim, 0, 1).expand_as(tensor)
+            got = run(replace(case, **{name: repeated}))
+            assert_all_same(got, run(replace(case, **{name: repeated.contiguous()})))
+        if mode == "soft":
+            index = library_mask(case)["index"]
+            repeated = index.narrow(1, 0, 1).expand_as(index)
+            args = (*case.packing, case.spec.num_pages)
+            expected = ops.page_boundary(case.q, repeated.contiguous(), *args, **case.spec.scoring)
+            assert_same(ops.page_boundary(case.q, repeated, *args, **case.spec.scoring), expected)
+            masks = [{"index": x, "theta": expected, "tau": case.tau} for x in (repeated, repeated.contiguous())]
+            assert_all_same(run(case, masks[0]), run(case, masks[1]))

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
   const int length = a.p.seqs.cu_seqlens[b + 1] - start;
@@ -268,9 +268,11 @@ cudaError_t launch(const HopperArgs& a, const DkvMaps& maps, const float2* stats
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.key_end - a.chunk.key_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + kDkvKeys - 1) / kDkvKeys, a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, stats, page_grads, static_cast<T*>(dk), static_cast<T*>(dv));
-  return cudaGetLastError();
+  const int tiles = (longest + kDkvKeys - 1) / kDkvKeys;
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(
+        maps, a.from_sequence(first), stats, page_grads, static_cast<T*>(dk), static_cast<T*>(dv));
+  });
 }
 
 }  // namespace

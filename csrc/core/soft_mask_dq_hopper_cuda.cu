@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   constexpr bool kGated = kMode != MaskMode::kDense;
   constexpr bool kSoft = kMode == MaskMode::kSoft;
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, 2 * a.tokens);
   if (t.first >= t.end) return;
@@ -356,9 +356,11 @@ cudaError_t launch(const HopperArgs& a, const DqMaps& maps, const float2* stats,
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.token_end - a.chunk.token_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + 2 * a.tokens - 1) / (2 * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, stats, weights, static_cast<T*>(dq));
-  return cudaGetLastError();
+  const int tiles = (longest + 2 * a.tokens - 1) / (2 * a.tokens);
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), stats,
+                                                                               weights, static_cast<T*>(dq));
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "sequence_grid.cuh"
 #include "soft_mask_hopper.h"
 
 namespace unique_attn {
@@ -28,7 +29,14 @@ struct HopperArgs {
   HopperChunk chunk;
   int group;
   int tokens;              // per 64 rows
-  int page_shift;  // log2 of the page size
+  int page_shift;          // log2 of the page size
+  int first_sequence = 0;  // of this launch
+
+  HopperArgs from_sequence(int first) const {
+    HopperArgs args = *this;
+    args.first_sequence = first;
+    return args;
+  }
 };
 
 // Sequence and tile of a thread block that serves queries of a chunk.
@@ -106,7 +114,7 @@ struct TensorBox {
   const void* data;
   int element_bytes;  // 1, 2
   int64_t size[3];    // x, y, z
-  int64_t stride[2];  // of y and z, in bytes, multiples of 16
+  int64_t stride[2];  // of y and z, in bytes, multiples of 16 and not 0
   int box[3];
   bool swizzle;  // 128 bytes; else none
 };

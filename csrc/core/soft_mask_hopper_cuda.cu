@@ -1,5 +1,7 @@
 // Chains the Hopper training kernels over chunks of queries (forward pass, dq, gradients of the pages) and of keys
 // (dk, dv), and describes their tensors to the TMA.
+#include <atomic>
+
 #include "soft_mask_hopper.cuh"
 
 namespace unique_attn {
@@ -107,20 +109,37 @@ HopperPlan plan_soft_mask(const SoftMaskForwardParams& p, bool backward, int dev
   return plan;
 }
 
-cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  // The driver's function, without linking the driver: the library loads where there is none.
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, without linking the driver: the library loads where there is none. It is asked for until there
+// is one, so that a failure is not remembered.
+cudaError_t find_encode(Encode& encode) {
+  static std::atomic<Encode> known{nullptr};
+  encode = known.load(std::memory_order_relaxed);
+  if (encode != nullptr) return cudaSuccess;
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-    return reinterpret_cast<Encode>(function);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
+  encode = reinterpret_cast<Encode>(function);
+  known.store(encode, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
+  Encode encode = nullptr;
+  const cudaError_t error = find_encode(encode);
+  if (error != cudaSuccess) return error;
   cuuint64_t size[3], stride[2];
   cuuint32_t box[3], step[3] = {1, 1, 1};
   for (int i = 0; i < 3; ++i) {

@@ -7,7 +7,7 @@ namespace {
 // The forward pass's Params, which the backward pass needs too, and the tensors whose memory they point into.
 struct SoftMaskCall {
   SoftMaskForwardParams params{};
-  Tensor q, k, v;
+  Tensor q, k, v, index;
 };
 
 // Memory that the call works in on CUDA, entered in `params`.
@@ -38,9 +38,9 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   p.spread = spread;
   p.scale = scale;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
-  const TokenView q_view = args.tokens("q", torch::stable::unsqueeze(q, 0), call.q);
-  const TokenView k_view = args.tokens("k", torch::stable::unsqueeze(k, 0), call.k);
-  const TokenView v_view = args.tokens("v", torch::stable::unsqueeze(v, 0), call.v);
+  const TokenView q_view = packed_tokens(args, "q", q, call.q);
+  const TokenView k_view = packed_tokens(args, "k", k, call.k);
+  const TokenView v_view = packed_tokens(args, "v", v, call.v);
   args.size("k", k, 0, q.size(0), "tokens of q");
   args.size("k", k, 2, q.size(2), "head dimension of q");
   for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
@@ -57,7 +57,7 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   // A query always sees its own page.
   args.range("recent_pages", recent_pages, p.mode == MaskMode::kDense ? 0 : 1, INT32_MAX);
   if (p.mode == MaskMode::kSoft) {
-    p.index = packed_index(args, *index, p.rule, p.seqs, k.size(1), q.size(2));
+    p.index = packed_index(args, *index, p.rule, p.seqs, k.size(1), q.size(2), call.index);
     const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     args.tensor("theta", *theta, type, 2);
     args.size("theta", *theta, 0, q.size(0), "tokens of q");
