@@ -200,6 +200,14 @@ def test_a_bad_query_does_not_touch_the_others(device: str) -> None:
         assert_same(scores, clean)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_a_second_device() -> None:
+    """What a launch knows of its device is not what it learned of another one."""
+    for spec in (Spec((900, 40), group=4, head_dim=64, page_size=8, dtype=torch.bfloat16), Spec((900, 40), 3)):
+        case = build(spec, "cuda:0")
+        assert_same(run(case.to("cuda:1")), run(case))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_outputs_are_written_whole(device: str) -> None:
     for spec in (Spec(), Spec(lengths=(0, 500, 3), num_tokens=4, dtype=torch.bfloat16, page_size=8)):

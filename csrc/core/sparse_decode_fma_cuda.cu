@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
     for (int i = 0; i < kUnroll; ++i) {
       const int token = base + i * kWarps * kGroups + lane / LPT;
       const int page = token < tokens ? pages[page_begin + (token >> page_shift)] : -1;
-      const int at = page * page_size + (token & (page_size - 1));
-      const bool inside = is_index(page, seen_pages) && at < seen.end && at >= seen.first;
+      const int at = is_index(page, seen_pages) ? page * page_size + (token & (page_size - 1)) : -1;
+      const bool inside = at >= seen.first && at < seen.end;
       const int block = inside ? physical_block(p.table, b, at / p.table.block_size) : -1;
       visible[i] = block >= 0;
       any_visible = any_visible || visible[i];
