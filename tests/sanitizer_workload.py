@@ -6,6 +6,7 @@ No test of its own: results are checked by the test suite; here only the memory 
 from __future__ import annotations
 
 import torch
+from op_cases import Spec, build
 
 from unique_attn import ops, train
 
@@ -37,6 +38,29 @@ def decode_step(
     ops.append_kv(q[0, :1, :heads].repeat(3, 1, 1), q[0, :1, :heads].repeat(3, 1, 1), k_cache, v_cache, slots)
 
 
+def out_of_range_step(dtype: torch.dtype, index_format: str) -> None:
+    """Lengths, blocks, pages and slots that there are not: nothing outside the tensors is touched."""
+    case = build(Spec((61, 38, 30), 3, group=3, head_dim=64, dtype=dtype, index_format=index_format), "cuda")
+    steps = [(61, 0), (65, 0), (2**31 - 1, 0), (-1, 0), (-(2**31), 0), *((61, b) for b in (-1, 20, 2**30, 2**31 - 1))]
+    for length, block in steps:
+        case.seq_lens[0], case.block_table[0, 7], case.block_table[1, 2] = length, block, block
+        table = (case.block_table, case.seq_lens)
+        args = (case.q, case.k, case.v, case.k_cache, case.v_cache, case.index, *table, 4)
+        ops.unique_decode(*args, **case.scoring)
+        scores = ops.page_scores(case.q, case.index, *table, **case.scoring)
+        ops.topk_pages(scores, case.seq_lens, 4, page_size=4, block_table=case.block_table, pages_per_block=2)
+        starts = torch.tensor([-5, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
+        ops.page_index(
+            case.k_cache, case.index, case.block_table, starts, case.seq_lens, max_new_tokens=64, **case.paging
+        )
+        pages = torch.tensor([0, 16, 2**26, 2**30, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
+        ops.sparse_decode(
+            case.q, case.k_cache, case.v_cache, pages.expand(3, 3, 2, 6).contiguous(), *table, **case.attending
+        )
+    slots = torch.tensor([2**40, -1, 2**63 - 1, case.k_cache.shape[0] * 8], device="cuda")
+    ops.append_kv(case.k[0, :1].repeat(4, 1, 1), case.v[0, :1].repeat(4, 1, 1), case.k_cache, case.v_cache, slots)
+
+
 def training_step(dtype: torch.dtype, group: int, head_dim: int, page_size: int, rule: str, mode: train.Mode) -> None:
     """Forward and backward over packed sequences of awkward lengths."""
     heads, lengths = 2, (70, 1, 3 * page_size + 2)
@@ -61,6 +85,9 @@ def main() -> None:
             decode_step(dtype, group, head_dim, page_size, 1 + 4 * (j % 2), rules[(i + j) % 3], "compressed")
             for mode in ("soft", "hard"):
                 training_step(dtype, group, head_dim, page_size, rules[(i + j) % 3], mode)
+    for dtype in DTYPES:
+        for index_format in ("exact", "compressed"):
+            out_of_range_step(dtype, index_format)
     topk = torch.randn(2, 1, 2, 9000, device="cuda")
     lens = torch.full((2,), 9000 * 8, dtype=torch.int32, device="cuda")
     for scores in (topk, topk.bfloat16()):

@@ -292,25 +292,31 @@ def test_the_library_refuses_formats_it_does_not_know() -> None:
             torch.ops.unique_attn.page_scores(*tensors, 4, rule, index_format, 0.0, 0)
 
 
-# ---- UNIQUE_ATTN_CHECK=1: values on the device. ----
+# ---- Values: always on the CPU, with UNIQUE_ATTN_CHECK=1 on CUDA. ----
 
 LENGTHS = [("seq_lens", (1,), bad) for bad in (-1, -(2**31), 65, 2**31 - 1)]
 BLOCKS = [("block_table", place, bad) for place in ((0, 0), (0, 7), (1, 4)) for bad in (-1, 17, 2**30)]
 VALUES = [
     *((op, *each) for op in OPS[1:] for each in LENGTHS),
     *((op, *each) for op in ("page_index", "page_scores", "sparse_decode", "unique_decode") for each in BLOCKS),
-    *(("append_kv", "slot_mapping", (2,), bad) for bad in (15 * 8, 2**40)),
+    *(("topk_pages", *each) for each in BLOCKS if each[2] != 17),  # it does not know how many there are
+    *(("append_kv", "slot_mapping", (2,), bad) for bad in (15 * 8, 2**40, 2**63 - 1)),
     *(("sparse_decode", "pages", (1, 0, 1, 2), bad) for bad in (16, 2**31 - 1)),
-    *(("page_index", "start_lens", (1,), bad) for bad in (-1, 39)),
+    *(("page_index", "start_lens", (1,), bad) for bad in (-1, -(2**31), 39, 2**31 - 1)),
 ]
+
+
+def look_at_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the CPU always does."""
+    monkeypatch.setenv("UNIQUE_ATTN_CHECK", "0" if device == "cpu" else "1")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "name", "place", "bad"), VALUES)
-def test_debug_mode_names_the_first_bad_value(
+def test_the_first_bad_value_is_named(
     device: str, op: str, name: str, place: tuple[int, ...], bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("UNIQUE_ATTN_CHECK", "1")
+    look_at_values(device, monkeypatch)
     args = arguments(op, device)
     args[name][place] = bad
     where = ", ".join(str(i) for i in place)
@@ -321,8 +327,15 @@ def test_debug_mode_names_the_first_bad_value(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_more_new_tokens_than_told_are_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_at_values(device, monkeypatch)
+    args = {**arguments("page_index", device), "max_new_tokens": 60}
+    assert_refused("page_index", args, "start_lens", ("max_new_tokens = 60", "got 0 for a length of 61 at [0]"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
-def test_debug_mode_accepts_good_values(device: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_values_are_accepted(device: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Junk past the end of a sequence, -1 in pages and negative slots are good; results are the same."""
     expected = getattr(ops, op)(**arguments(op, device))
     monkeypatch.setenv("UNIQUE_ATTN_CHECK", "1")
@@ -330,6 +343,29 @@ def test_debug_mode_accepts_good_values(device: str, op: str, monkeypatch: pytes
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     for a, b in pairs if op not in ("append_kv", "page_index", "topk_pages") else []:
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["page_scores", "topk_pages", "sparse_decode", "unique_decode"])
+def test_what_a_window_left_behind_may_be_gone(device: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8 tokens: with a window of 20 the two queries of 61 tokens see from 40 on, block 5."""
+    look_at_values(device, monkeypatch)
+    args = {**arguments(op, device), "window": 20}
+    args["block_table"][0, :5] = -1
+    getattr(ops, op)(**args)
+    args["block_table"][0, 5] = -1
+    assert_refused(op, args, "block_table", ("got -1 at [0, 5]",))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_old_blocks_may_be_gone_where_only_new_ones_are_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_at_values(device, monkeypatch)
+    args = arguments("page_index", device)
+    args["start_lens"] = args["seq_lens"] - 3  # 58, in the last block of the first sequence
+    args["block_table"][0, :7] = -1
+    ops.page_index(**args)
+    args["block_table"][0, 7] = -1
+    assert_refused("page_index", args, "block_table", ("got -1 at [0, 7]",))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -185,6 +185,32 @@ def test_constant_pages_have_no_spread(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+@pytest.mark.parametrize("size", [1e3, 9e3, 3e4, 65504.0])
+def test_entries_of_large_fp16_keys_are_finite(device: str, rule: str, index_format: str, size: float) -> None:
+    """The spread of `unique` sums over the channels and leaves the range of fp16 before any key does."""
+    paging = {"rule": rule, "index_format": index_format, "page_size": 8}
+    for head_dim in (64, 128, 256):
+        case = build(Spec(lengths=(75, 9), dtype=torch.float16, head_dim=head_dim, **paging))
+        case.k_cache.mul_(size).clamp_(-65504.0, 65504.0)
+        index = run(case, torch.zeros_like(case.seq_lens), device)
+        if index_format == "compressed":
+            assert_compressed(case, index, device)
+        expected = torch.full_like(index, 0xFF)
+        reference.page_index(
+            case.k_cache, expected, case.block_table, torch.zeros_like(case.seq_lens), case.seq_lens,
+            max_new_tokens=75, **paging,
+        )  # fmt: skip
+        for b in range(2):
+            for part, wanted in zip(read(case, index, b), read(case, expected, b), strict=True):
+                assert bool(part.isfinite().all())
+                if index_format == "exact":
+                    torch.testing.assert_close(part, wanted, rtol=2.0**-10, atol=0.01)
+        if (rule, index_format) == ("unique", "exact") and size * head_dim**0.5 > 2e5:
+            assert bool((read(case, index, 0)[1] == 65504.0).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_empty_batch_and_new_index(device: str) -> None:
     for rule, index_format in INDEXES:
         case = build(Spec(lengths=(), rule=rule, index_format=index_format), device)

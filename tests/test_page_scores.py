@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from op_cases import (
     accumulator,
     assert_close,
     assert_same,
+    assert_selects_best,
     assert_threads_agree,
     build,
     examples,
@@ -152,6 +154,41 @@ def test_a_bad_page_does_not_touch_the_others(device: str, rule: str, index_form
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+@pytest.mark.parametrize("size", [1.0, 1e3, 5e3, 1e4, 3e4])
+def test_large_fp16_keys_select_as_fp32_entries_do(device: str, rule: str, index_format: str, size: float) -> None:
+    """Scores of fp16 inputs are finite, and order the pages as those of fp32 do up to the rounding of their key: 2^-8,
+    and 2^-10 of the entries. The one exception is a spread of `unique` that was cut to 65504: the order is the
+    oracle's."""
+    spec = Spec((700, 90), 2, 2, 3, 64, 8, 2, k=6, dtype=torch.float16, rule=rule, index_format=index_format)
+    case = build(spec, device)
+    case.k_cache.mul_(size).clamp_(-65504.0, 65504.0)
+    write_index(case)
+    scores = run(case)
+    pages = torch.arange(scores.shape[-1], device=device)
+    seen = pages < (case.seq_lens.view(2, 1, 1) - 2 + torch.arange(2, device=device)[:, None]) // 8 + 1
+    assert bool(scores[seen[:, :, None].expand(scores.shape)].isfinite().all())
+    assert_scores(case.to("cpu"), scores)
+    selected = ops.topk_pages(scores, case.seq_lens, 6, page_size=8)
+    assert_selects_best(selected, case, 6)
+
+    parts = reference.decode_index(case.index, **case.stored)
+    if rule == "unique" and bool((parts[1] >= 61440.0).any()):  # or 65504, the largest
+        return
+    wide = {"q": case.q.float(), "k_cache": case.k_cache.float(), "spec": replace(spec, dtype=torch.float32)}
+    wide_case = replace(case, **wide)
+    wide_case.index = ops.new_index(wide_case.k_cache, **wide_case.paging)
+    write_index(wide_case)
+    exact = run(wide_case)
+    kept = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, selected.clamp(min=0).long(), True)
+    free = seen[:, :, None] & (pages > 0) & (pages < seen.sum(-1)[:, :, None, None] - 1)
+    worst_kept = exact.masked_fill(~kept | ~free, torch.inf).amin(-1)
+    best_dropped = exact.masked_fill(kept | ~free, -torch.inf).amax(-1)
+    largest = exact.masked_fill(~seen[:, :, None], 0.0).abs().amax(-1)
+    assert bool((worst_kept >= best_dropped - 2.0**-7 * largest).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_bad_query_does_not_touch_the_others(device: str) -> None:
     for rule, index_format in INDEXES:
         case = build(Spec(lengths=(40, 33), rule=rule, index_format=index_format, num_tokens=3, kv_heads=2), device)
@@ -161,6 +198,14 @@ def test_a_bad_query_does_not_touch_the_others(device: str) -> None:
         assert bool(scores[0, 1, 0, :9].isnan().all())
         scores[0, 1, 0] = clean[0, 1, 0]
         assert_same(scores, clean)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_a_second_device() -> None:
+    """What a launch knows of its device is not what it learned of another one."""
+    for spec in (Spec((900, 40), group=4, head_dim=64, page_size=8, dtype=torch.bfloat16), Spec((900, 40), 3)):
+        case = build(spec, "cuda:0")
+        assert_same(run(case.to("cuda:1")), run(case))
 
 
 @pytest.mark.parametrize("device", DEVICES)

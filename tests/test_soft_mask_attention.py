@@ -176,6 +176,22 @@ def test_large_logits_and_scores_do_not_overflow(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+def test_large_fp16_keys(device: str, rule: str) -> None:
+    """Keys whose spread over all channels has no fp16 number. With one head a group no best one is in doubt."""
+    for head_dim in (64, 72, 128):
+        case = build(TrainSpec((75, 40), 2, 1, head_dim, dtype=torch.float16, rule=rule, mode="hard"), device)
+        case.k.mul_(2e4).clamp_(-65504.0, 65504.0)
+        case.q.mul_(2.0**-12)
+        case.grad_out.mul_(2.0**-6)  # or dq itself has no fp16 number
+        case = replace(case, spec=replace(case.spec, mode="soft"))
+        mask = library_mask(case)
+        got = run(case, mask)
+        assert all(bool(value.isfinite().all()) for value in got.values())
+        assert_attention(case, got, mask)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_nan_query_stays_with_its_head_or_group(device: str, mode: str) -> None:
     case = build(TrainSpec((75,), group=3, mode=mode), device)

@@ -52,7 +52,10 @@ def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype)
     if index_format == "compressed":
         mean, std = page_entry(keys, "directional")
         return compress(mean, std, rule)
-    parts = [part.to(dtype) for part in page_entry(keys, rule)]
+    exact = page_entry(keys, rule)
+    if rule == "unique":  # sums over the channels: in fp16 it may leave the range that the keys are in
+        exact = exact[0], exact[1].clamp(max=torch.finfo(dtype).max)
+    parts = [part.to(dtype) for part in exact]
     if rule == "unique":
         slot = parts[0].new_zeros((*parts[0].shape[:-1], SCALAR_BYTES // dtype.itemsize))
         slot[..., 0] = parts[1]

@@ -62,7 +62,10 @@ def head_scores(
     mean, var = page_entries(keys, page_size)
     scores = torch.einsum("lhgd,hpd->lhgp", group_q, round_through(mean, entry_dtype))
     if rule == "unique":
-        std = round_through(safe_sqrt(var.sum(-1)), entry_dtype)
+        total = var.sum(-1)
+        root = total.detach().sqrt().clamp(max=torch.finfo(entry_dtype).max)
+        stored = root.to(entry_dtype).to(q.dtype).square()
+        std = safe_sqrt(total + (stored - total.detach()))  # gradients go by the stored root, as below
         scores = scores + spread * fixed.norm(dim=-1)[..., None] * std[None, :, None]
     elif rule == "directional":
         stored = var.detach().sqrt().to(entry_dtype).to(q.dtype).square()  # the entry holds the root

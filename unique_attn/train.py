@@ -9,8 +9,7 @@ sees it.
 from __future__ import annotations
 
 import os
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -26,34 +25,44 @@ _SCORE_BYTES = 256 << 20  # memory for the scores of a chunk of queries
 # ---- Checks: what Python computes with before an op sees it. ----
 
 
+def _refuse(function: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{function}: {argument}: expected {expected}, got {got}")
+
+
 def _check_packed(
     function: str, name: str, tensor: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, page_size: int
 ) -> None:
     """Raise ValueError unless ``tensor`` is ``[N, heads, D]`` and the packing has the right types."""
-
-    def refuse(argument: str, expected: str, got: object) -> None:
-        raise ValueError(f"{function}: {argument}: expected {expected}, got {got}")
-
     if tensor.dim() != 3:
-        refuse(name, "3 dimensions [N, heads, D]", f"shape {list(tensor.shape)}")
+        _refuse(function, name, "3 dimensions [N, heads, D]", f"shape {list(tensor.shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        refuse("cu_seqlens", "1 dimension [B + 1]", f"shape {list(cu_seqlens.shape)}")
+        _refuse(function, "cu_seqlens", "1 dimension [B + 1]", f"shape {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32:
-        refuse("cu_seqlens", "dtype int32", str(cu_seqlens.dtype).removeprefix("torch."))
+        _refuse(function, "cu_seqlens", "dtype int32", str(cu_seqlens.dtype).removeprefix("torch."))
     if cu_seqlens.device != tensor.device:
-        refuse("cu_seqlens", f"the device of {name}, {tensor.device}", cu_seqlens.device)
+        _refuse(function, "cu_seqlens", f"the device of {name}, {tensor.device}", cu_seqlens.device)
     if max_seqlen < 0:
-        refuse("max_seqlen", "at least 0", max_seqlen)
+        _refuse(function, "max_seqlen", "at least 0", max_seqlen)
     if page_size not in PAGE_SIZES:
-        refuse("page_size", "4, 8, 16, 32 or 64", page_size)
-    if not torch.compiler.is_compiling() and os.environ.get("UNIQUE_ATTN_CHECK", "0") not in ("", "0"):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tensor.shape[0]:
-            refuse("cu_seqlens", f"numbers from 0 to the number of tokens {tensor.shape[0]}", bounds)
-        for b, (start, end) in enumerate(pairwise(bounds)):
-            if not 0 <= end - start <= max_seqlen:
-                expected = f"ascending numbers at most max_seqlen = {max_seqlen} apart"
-                refuse("cu_seqlens", expected, f"{start} and {end} at [{b}]")
+        _refuse(function, "page_size", "4, 8, 16, 32 or 64", page_size)
+
+
+def _check_bounds(function: str, tokens: int, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    """Raise ValueError unless the sequences are those of ``tokens`` tokens. As the ops: always on the CPU, with
+    UNIQUE_ATTN_CHECK=1 on CUDA. Traced and fake tensors have no values."""
+    if torch.compiler.is_compiling() or type(cu_seqlens) is not torch.Tensor:
+        return
+    if cu_seqlens.device.type != "cpu" and os.environ.get("UNIQUE_ATTN_CHECK", "0") in ("", "0"):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        _refuse(function, "cu_seqlens", f"numbers from 0 to the number of tokens {tokens}", f"{first} to {last}")
+    lengths = cu_seqlens.diff()
+    bad = (lengths < 0) | (lengths > max_seqlen)
+    if bool(bad.any()):
+        b = int(bad.nonzero()[0])
+        expected = f"ascending numbers at most max_seqlen = {max_seqlen} apart"
+        _refuse(function, "cu_seqlens", expected, f"{int(cu_seqlens[b])} and {int(cu_seqlens[b + 1])} at [{b}]")
 
 
 def _check_budget(function: str, num_pages: int, sink_pages: int, recent_pages: int) -> None:
@@ -121,6 +130,7 @@ def packed_index(
         ValueError: a wrong rank, shape, dtype or device, or an unknown rule or page size, naming the argument.
     """
     _check_packed("packed_index", "k", k, cu_seqlens, max_seqlen, page_size)
+    _check_bounds("packed_index", k.shape[0], cu_seqlens, max_seqlen)
     (k,) = autocast_inputs(k)
     tokens, heads, head_dim = k.shape
     batch = cu_seqlens.shape[0] - 1
@@ -189,6 +199,7 @@ def select_pages(
         ValueError: a wrong rank, shape, dtype, device or number, naming the argument.
     """
     _check_packed("select_pages", "q", q, cu_seqlens, max_seqlen, page_size)
+    _check_bounds("select_pages", q.shape[0], cu_seqlens, max_seqlen)
     if index.dim() != 4:
         raise ValueError(f"select_pages: index: expected 4 dimensions, got shape {list(index.shape)}")
     _check_budget("select_pages", num_pages, sink_pages, recent_pages)
@@ -284,6 +295,7 @@ def masked_attention(
         expected = (q.shape[0], k.shape[1], q.shape[2])
         if name != "q" and tensor.shape != expected:
             raise ValueError(f"masked_attention: {name}: expected shape {list(expected)}, got {list(tensor.shape)}")
+    _check_bounds("masked_attention", q.shape[0], cu_seqlens, max_seqlen)
     if mode != "dense":
         _check_budget("masked_attention", num_pages, sink_pages, recent_pages)
     scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread": spread}

@@ -6,26 +6,11 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-struct Slot {
-  int64_t block;  // negative: skip the token
-  int64_t offset;
-};
-
-UA_INLINE Slot find_slot(const AppendKvParams& p, int64_t b, int64_t t) {
-  if (p.slots != nullptr) {
-    const int64_t slot = p.slots[b * p.num_tokens + t];
-    return slot < 0 ? Slot{-1, 0} : Slot{slot / p.block_size, slot % p.block_size};
-  }
-  const int position = query_position(p.table.seq_lens[b], p.num_tokens, static_cast<int>(t));
-  if (position < 0 || position / p.block_size >= p.table.max_blocks) return {-1, 0};
-  return {p.table.blocks[b * p.table.stride_seq + position / p.block_size], position % p.block_size};
-}
-
-UA_INLINE void copy_token(const TokenView& source, const PagedView& cache, int64_t b, int64_t t, Slot slot, int heads,
-                          int64_t size, int64_t row_bytes) {
+UA_INLINE void copy_token(const TokenView& source, const PagedView& cache, int64_t b, int64_t t, TokenPlace place,
+                          int heads, int64_t size, int64_t row_bytes) {
   const char* from = static_cast<const char*>(source.data) + (b * source.stride_batch + t * source.stride_token) * size;
   char* to =
-      static_cast<char*>(cache.data) + (slot.block * cache.stride_block + slot.offset * cache.stride_token) * size;
+      static_cast<char*>(cache.data) + (place.block * cache.stride_block + place.offset * cache.stride_token) * size;
   for (int h = 0; h < heads; ++h) {
     __builtin_memcpy(to + h * cache.stride_head * size, from + h * source.stride_head * size, row_bytes);
   }
@@ -41,10 +26,12 @@ void append_kv_cpu(const AppendKvParams& p, const CpuExecutor& exec) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / p.num_tokens;
       const int64_t t = n % p.num_tokens;
-      const Slot slot = find_slot(p, b, t);
-      if (slot.block < 0) continue;
-      copy_token(p.k, p.k_cache, b, t, slot, p.num_kv_heads, size, row_bytes);
-      copy_token(p.v, p.v_cache, b, t, slot, p.num_kv_heads, size, row_bytes);
+      const int position =
+          p.slots == nullptr ? query_position(p.table.seq_lens[b], p.num_tokens, static_cast<int>(t)) : 0;
+      const TokenPlace place = p.slots != nullptr ? mapped_place(p, n) : table_place(p.table, b, position);
+      if (place.block < 0) continue;
+      copy_token(p.k, p.k_cache, b, t, place, p.num_kv_heads, size, row_bytes);
+      copy_token(p.v, p.v_cache, b, t, place, p.num_kv_heads, size, row_bytes);
     }
   });
 }

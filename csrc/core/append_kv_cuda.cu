@@ -20,25 +20,15 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const AppendKvParam
   const int b = static_cast<int>(n / p.num_tokens);
   const int t = static_cast<int>(n % p.num_tokens);
 
-  int64_t block, offset;
-  if (p.slots != nullptr) {
-    const int64_t slot = p.slots[n];
-    if (slot < 0) return;
-    block = slot / p.block_size;
-    offset = slot % p.block_size;
-  } else {
-    const int position = query_position(p.table.seq_lens[b], p.num_tokens, t);
-    if (position < 0) return;
-    block = p.table.blocks[b * p.table.stride_seq + position / p.block_size];
-    offset = position % p.block_size;
-  }
+  const TokenPlace place = mapped_place(p, n);
+  if (place.block < 0) return;
 
   const auto source = [&](const TokenView& x) {
     const int64_t row = b * x.stride_batch + t * x.stride_token + head * x.stride_head;
     return static_cast<const char*>(x.data) + row * ES + unit * 16;
   };
   const auto target = [&](const PagedView& cache) {
-    const int64_t row = block * cache.stride_block + head * cache.stride_head + offset * cache.stride_token;
+    const int64_t row = place.block * cache.stride_block + head * cache.stride_head + place.offset * cache.stride_token;
     return static_cast<char*>(cache.data) + row * ES + unit * 16;
   };
   const uint4 k = *reinterpret_cast<const uint4*>(source(p.k));
@@ -53,6 +43,7 @@ cudaError_t append_kv_cuda(const AppendKvParams& params, cudaStream_t stream) {
   const int es = static_cast<int>(dtype_size(params.dtype));
   const int units_per_row = params.head_dim * es / 16;
   const int64_t total = int64_t{params.batch} * params.num_tokens * params.num_kv_heads * units_per_row;
+  if (total > 0 && params.slots == nullptr) return cudaErrorInvalidValue;
   if (total == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>((total + kThreads - 1) / kThreads);
   return launch_dependent(es == 4 ? append_kv_kernel<4> : append_kv_kernel<2>, blocks, kThreads, 0, stream, params,

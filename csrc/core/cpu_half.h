@@ -49,6 +49,12 @@ UA_HD float to_scalar(F16 x) {
 #endif
 }
 
+// The largest finite number of a stored type.
+UA_HD constexpr float largest_number(F16) { return 65504.f; }
+UA_HD constexpr float largest_number(BF16) { return 0x1.fep127f; }
+UA_HD constexpr float largest_number(float) { return 0x1.fffffep127f; }
+UA_HD constexpr double largest_number(double) { return 0x1.fffffffffffffp1023; }
+
 UA_HD void from_scalar(float x, float& y) { y = x; }
 UA_HD void from_scalar(double x, double& y) { y = x; }
 UA_HD void from_scalar(float x, BF16& y) {

@@ -1,4 +1,4 @@
-// What the CPU kernels share: dtype dispatch, scratch memory, the table walk, and the register tile that meets rows of
+// What the CPU kernels share: dtype dispatch, scratch memory, and the register tile that meets rows of
 // queries with rows of keys or index entries.
 #pragma once
 
@@ -51,22 +51,7 @@ UA_INLINE int64_t grain_for(int64_t work) {
   return work >= kWorkPerRange ? 1 : kWorkPerRange / (work > 0 ? work : 1);
 }
 
-UA_INLINE int min_of(int a, int b) { return a < b ? a : b; }
-UA_INLINE int max_of(int a, int b) { return a > b ? a : b; }
 UA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// Pages that a sequence's row of the block table can hold: nothing past it is looked up, whatever seq_lens says.
-UA_INLINE int table_pages(const PageTable& table) {
-  const int64_t pages = int64_t{table.max_blocks} * (table.block_size / table.page_size);
-  return pages > INT32_MAX ? INT32_MAX : static_cast<int>(pages);
-}
-
-// First element of token `offset` of a block.
-template <typename T>
-UA_INLINE const T* token_row(const PagedView& cache, int64_t block, int64_t head, int64_t offset) {
-  return static_cast<const T*>(cache.data) + block * cache.stride_block + head * cache.stride_head +
-         offset * cache.stride_token;
-}
 
 // Channels of a cache line.
 template <typename T>

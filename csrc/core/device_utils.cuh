@@ -34,6 +34,9 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+__device__ __forceinline__ constexpr float largest_number(__nv_bfloat16) { return largest_number(BF16()); }
+__device__ __forceinline__ constexpr float largest_number(__half) { return largest_number(F16()); }
+
 // Within one place of the last bit; subnormal numbers are 0.
 __device__ __forceinline__ float sqrt_fast(float x) {
   float y;
@@ -98,14 +101,6 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
   const uint4* words = reinterpret_cast<const uint4*>(packed);
 #pragma unroll
   for (int i = 0; i < static_cast<int>(8 * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
-}
-
-// Row of a paged cache that holds token `position` of sequence `b`.
-template <typename T>
-__device__ __forceinline__ int64_t token_row(const PagedView& cache, const PageTable& table, int b, int head,
-                                             int position) {
-  const int block = table.blocks[b * table.stride_seq + position / table.block_size];
-  return block * cache.stride_block + head * cache.stride_head + (position % table.block_size) * cache.stride_token;
 }
 
 }  // namespace unique_attn

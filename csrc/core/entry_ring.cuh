@@ -3,6 +3,8 @@
 // together in memory as a rule, so a tile is a few long pieces, each copied by an equal share of the lanes.
 #pragma once
 
+#include <climits>
+
 #include "mma_tile.cuh"
 #include "page_scores_common.cuh"
 
@@ -10,7 +12,8 @@ namespace unique_attn {
 
 // How the entries of a tile lie in memory; what a thread block need not divide for.
 struct EntryPieces {
-  int pages_log2;               // of a piece, whose entries follow each other
+  int pages_log2;  // of a piece, whose entries follow each other
+  int num_blocks;
   int table_pages;              // of a block of the table
   int step_blocks, step_pages;  // from a tile of a warp to its next
 };
@@ -18,6 +21,7 @@ struct EntryPieces {
 inline EntryPieces entry_pieces(const PageScoresParams& p, int tile_pages, int step) {
   const int64_t entry_bytes = index_entry_bytes(p.rule, p.index.format, p.dtype, p.head_dim);
   EntryPieces pieces;
+  pieces.num_blocks = p.table.num_blocks;
   pieces.table_pages = p.table.block_size / p.table.page_size;
   pieces.step_blocks = step / pieces.table_pages;
   pieces.step_pages = step % pieces.table_pages;
@@ -43,7 +47,7 @@ class EntryRing {
         stride_block_(static_cast<unsigned>(p.index.stride_block)),
         stride_page_(static_cast<unsigned>(p.index.stride_page)),
         entry_bytes_(Row::entry_bytes(p.head_dim)),
-        end_(min(tile.last.end, tile.page_end)),
+        end_(min(tile.seen.end, tile.page_end)),
         shared_(shared) {
     const int lane = threadIdx.x % kWarp;
     const int lanes_log2 = pieces.pages_log2 + kLanesLog2;  // of a piece
@@ -59,7 +63,7 @@ class EntryRing {
     page_ = page + (piece << pieces.pages_log2);
     block_ = page_ / pieces.table_pages;
     within_ = page_ - block_ * pieces.table_pages;
-    first_ = max(tile.first_page, tile.page_begin) - (1 << pieces.pages_log2);
+    first_ = max(tile.seen.first, tile.page_begin) - (1 << pieces.pages_log2);
     look_up();
 #pragma unroll
     for (int i = 0; i < kStages; ++i) copy();
@@ -86,10 +90,12 @@ class EntryRing {
   static constexpr int kMaxBytes = kPages * Row::entry_bytes(Row::kHeadDim);
   static constexpr int kCopies = (kMaxBytes + kWarp * kChunk - 1) / (kWarp * kChunk);  // of a lane
 
-  // The block of this lane's piece of the tile to copy next, or -1 if nobody sees it; such blocks are not looked up: the
-  // table ends with the sequence, and what a window left behind may be gone.
+  static constexpr int kUnseen = INT_MIN;
+
+  // The block of this lane's piece of the tile to copy next, or kUnseen if nobody sees it; such blocks are not looked up:
+  // the table ends with the sequence, and what a window left behind may be gone.
   __device__ __forceinline__ void look_up() {
-    physical_block_ = page_ > first_ && page_ < end_ ? table_[block_] : -1;
+    physical_block_ = page_ > first_ && page_ < end_ ? table_[block_] : kUnseen;
     offset_ = within_ * stride_page_;
     page_ += kStep;
     block_ += pieces_.step_blocks;
@@ -101,7 +107,7 @@ class EntryRing {
   }
   // Copies the tile after those under way to the stage, which is free, and turns to the next stage.
   __device__ __forceinline__ void copy() {
-    if (physical_block_ >= 0) {
+    if (is_index(physical_block_, pieces_.num_blocks)) {
       // The product of unsigned 32-bit factors is one instruction.
       const uint8_t* from = entries_ + uint64_t{static_cast<unsigned>(physical_block_)} * stride_block_ + offset_;
       uint8_t* to = shared_ + stage_ + to_;
@@ -111,6 +117,11 @@ class EntryRing {
         from += step_;
         to += step_;
       }
+    } else if (physical_block_ != kUnseen) {
+      // No such block: its pages' scores are NaN, which all bits set make of every format.
+      uint8_t* to = shared_ + stage_ + to_;
+#pragma unroll 1
+      for (int i = 0; i < copies_; ++i, to += step_) *reinterpret_cast<uint4*>(to) = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
     copy_async_commit();
     look_up();

@@ -121,6 +121,29 @@ __device__ __forceinline__ void tma_load_tiles(char* shared, int tile_bytes, con
   }
 }
 
+// ---- Rows past the end of a sequence ----
+// Copies take whole tiles. At the end of a sequence these hold rows of the next one, which a product that sums over rows
+// weighs with 0; but 0 times NaN or infinity is NaN. So the readers of such a tile turn those rows into zeros first.
+
+// Zeroes the rows [first, rows) of tiles `tile_bytes` apart, by kThreads threads. The swizzle stays within a row.
+template <int kTiles, int kThreads>
+__device__ __forceinline__ void zero_rows(char* tiles, int tile_bytes, int first, int rows, int thread) {
+#pragma unroll 1
+  for (int at = first * kSwizzleRow + thread * 16; at < rows * kSwizzleRow; at += kThreads * 16) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      *reinterpret_cast<uint4*>(tiles + tile * tile_bytes + at) = make_uint4(0u, 0u, 0u, 0u);
+    }
+  }
+}
+
+// After the last of them: products of all kThreads threads see the zeros.
+template <int kThreads>
+__device__ __forceinline__ void finish_zero_rows(int barrier) {
+  fence_async_proxy();
+  named_barrier(barrier, kThreads);
+}
+
 // The warpgroup of this thread, known to be the same for all threads of a warp: addresses that depend on it stay in
 // uniform registers, where wgmma and TMA want them.
 __device__ __forceinline__ int warpgroup_index() {

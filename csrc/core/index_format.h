@@ -3,7 +3,9 @@
 // usual head dims (64, 128, 256).
 //
 // Exact:       vector a [D], vector b [D] (if the rule has it), the scalar in a 16-byte slot (if the rule has it), all in
-//              the keys' dtype.
+//              the keys' dtype. Means, bounds and standard deviations of channels are never larger than the largest key;
+//              the scalar of `unique` may be, by sqrt(D), and is at most the largest number of the dtype: as infinity it
+//              would make all pages equal.
 // Compressed:  for groups of 16 neighbouring channels (32 if D > 64; the last group may be shorter):
 //                group scales [groups][4 bytes]   outlier fp16, step and spread as 8-bit floats
 //                means        [D][4 bits]         channel d in byte d / 2, even channels in the low half
@@ -34,6 +36,12 @@ namespace unique_attn {
 // ---- Exact. ----
 
 constexpr size_t kScalarBytes = 16;
+
+// The scalar as it is stored in a type whose largest number is `most`; NaN stays NaN.
+template <typename Acc>
+UA_HD Acc stored_scalar(Acc x, Acc most) {
+  return x > most ? most : x;
+}
 
 // ---- Compressed. ----
 

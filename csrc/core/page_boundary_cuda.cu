@@ -27,15 +27,16 @@ struct Shared {
 
 // Scores of the tokens [chunk_begin, chunk_end) of the packed batch on their candidate pages.
 template <typename T, int DP>
-__global__ void __launch_bounds__(kThreads) boundary_scores_kernel(const PageBoundaryParams p, int chunk_begin,
-                                                                   int chunk_end, int tokens_per_tile, int row_pages) {
+__global__ void __launch_bounds__(kThreads)
+    boundary_scores_kernel(const PageBoundaryParams p, int chunk_begin, int chunk_end, int tokens_per_tile,
+                           int row_pages, int first_sequence) {
   constexpr int kPages = Shared<T, DP>::kPages;
   constexpr int kStride = tile_stride<T>(DP);
   constexpr int kVarStride = tile_stride<SpreadType<T>>(DP);
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<T, DP>*>(shared_bytes);
 
-  const int b = blockIdx.z;
+  const int b = first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int start = p.seqs.cu_seqlens[b];
@@ -132,9 +133,13 @@ cudaError_t launch_scores(const PageBoundaryParams& p, int begin, int end, cudaS
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
-  const dim3 grid((end - begin + tokens_per_tile - 1) / tokens_per_tile, p.num_kv_heads, p.seqs.batch);
-  kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(p, begin, end, tokens_per_tile, row_pages(p));
-  return cudaGetLastError();
+  const int longest = end - begin < p.seqs.max_seqlen ? end - begin : p.seqs.max_seqlen;
+  if (longest == 0) return cudaSuccess;
+  const int tiles = (longest + tokens_per_tile - 1) / tokens_per_tile;
+  return launch_sequences(p.seqs.batch, [&](int first, unsigned count) {
+    const dim3 grid(tiles, p.num_kv_heads, count);
+    kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(p, begin, end, tokens_per_tile, row_pages(p), first);
+  });
 }
 
 }  // namespace

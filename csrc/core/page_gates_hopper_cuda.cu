@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, kGroups * a.tokens);
   if (t.first >= t.end) return;
@@ -278,9 +278,10 @@ cudaError_t launch(const HopperArgs& a, const ScoreMaps& maps, const ScoreOutput
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.token_end - a.chunk.token_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + kGroups * a.tokens - 1) / (kGroups * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, out);
-  return cudaGetLastError();
+  const int tiles = (longest + kGroups * a.tokens - 1) / (kGroups * a.tokens);
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), out);
+  });
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shared<T, D>;
   extern __shared__ char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
   const int stop = min(a.p.seqs.cu_seqlens[b + 1], a.chunk.token_end) - start;
@@ -157,6 +157,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     ring.advance();
     const int first_token = first + tile * a.tokens;
     const int num_tokens = min(a.tokens, stop - first_token);
+    if (num_tokens < a.tokens && has_next(a, start, stop)) {  // the last tile; one warpgroup has it
+      const int end = num_tokens * a.group;
+      zero_rows<S::kTiles, kWarpgroup>(shared.q[stage][0], kNext, end, used_rows, thread);
+      if (spreads) zero_rows<S::kTiles, kWarpgroup>(shared.q_squares[stage][0], kNext, end, used_rows, thread);
+      finish_zero_rows<kWarpgroup>(2 + warpgroup);
+    }
     if (a.group % 2 == 0) {
       build_operands<true>(a, shared, stage, mean_operand, spread_operand, my_page, first_page, first_token,
                            num_tokens);
@@ -228,7 +234,7 @@ constexpr int kFinishThreads = 256;
 // with the mean of the keys themselves. One warp per page and KV head.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_page_gradients_kernel(const HopperArgs a, float* grads) {
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int start = a.p.seqs.cu_seqlens[b];
   const int num_pages = (a.p.seqs.cu_seqlens[b + 1] - start) >> a.page_shift;
   const int warp = (static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x)) / kWarp;
@@ -267,9 +273,10 @@ cudaError_t launch(const HopperArgs& a, const PageGradMaps& maps, float* grads, 
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int tile_tokens = kPages << a.page_shift;
-  const dim3 grid((a.p.seqs.max_seqlen + tile_tokens - 1) / tile_tokens, a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, grads);
-  return cudaGetLastError();
+  const int tiles = (a.p.seqs.max_seqlen + tile_tokens - 1) / tile_tokens;
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), grads);
+  });
 }
 
 }  // namespace
@@ -283,13 +290,12 @@ cudaError_t launch_finish_page_gradients(const HopperArgs& args, float* page_gra
   const SoftMaskForwardParams& p = args.p;
   const int64_t count = int64_t{p.seqs.max_seqlen >> args.page_shift} * p.num_kv_heads * kWarp;
   if (count == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>((count + kFinishThreads - 1) / kFinishThreads), 1, p.seqs.batch);
-  if (p.dtype == DType::kBFloat16) {
-    finish_page_gradients_kernel<__nv_bfloat16><<<grid, kFinishThreads, 0, stream>>>(args, page_grads);
-  } else {
-    finish_page_gradients_kernel<__half><<<grid, kFinishThreads, 0, stream>>>(args, page_grads);
-  }
-  return cudaGetLastError();
+  const auto blocks = static_cast<unsigned>((count + kFinishThreads - 1) / kFinishThreads);
+  const auto kernel =
+      p.dtype == DType::kBFloat16 ? finish_page_gradients_kernel<__nv_bfloat16> : finish_page_gradients_kernel<__half>;
+  return launch_sequences(p.seqs.batch, [&](int first, unsigned sequences) {
+    kernel<<<dim3(blocks, 1, sequences), kFinishThreads, 0, stream>>>(args.from_sequence(first), page_grads);
+  });
 }
 
 }  // namespace unique_attn

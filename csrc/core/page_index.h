@@ -7,9 +7,9 @@
 
 namespace unique_attn {
 
-// Touched pages of sequence b: from the page of token start_lens[b] to the page of its last token.
-// Every one of them is computed anew from its keys (two-pass, accumulated in fp32, fp64 for fp64),
-// using the tokens it has; nothing else is read or written.
+// Touched pages of a sequence: from the page of token start_lens[b] to the page of its last token. Every one of them
+// is computed anew from its keys (two-pass, accumulated in fp32, fp64 for fp64), using the tokens it has; nothing else
+// is read or written.
 struct PageIndexParams {
   DType dtype;  // of the keys and of the entries
   Rule rule;
@@ -22,6 +22,22 @@ struct PageIndexParams {
   const int32_t* start_lens;  // [B] lengths before the append; null: seq_len - max_new_tokens, at least 0
   int max_new_tokens;         // host-known upper bound of seq_len - start_len
 };
+
+// As far as the table's row reaches; a start before the sequence's is the sequence's.
+UA_HD PageRange touched_pages(const PageIndexParams& p, int b) {
+  const int seq_len = max_of(p.table.seq_lens[b], 0);
+  const int start = max_of(p.start_lens != nullptr ? p.start_lens[b] : seq_len - p.max_new_tokens, 0);
+  if (start >= seq_len) return {0, 0};
+  const int end = min_of((seq_len - 1) / p.table.page_size + 1, table_pages(p.table));
+  return {min_of(start / p.table.page_size, end), end};
+}
+
+// Touched pages of any sequence, at most.
+inline int max_touched_pages(const PageIndexParams& p) {
+  if (p.max_new_tokens == 0) return 0;
+  const int64_t pages = (int64_t{p.max_new_tokens} + p.table.page_size - 2) / p.table.page_size + 1;
+  return pages < table_pages(p.table) ? static_cast<int>(pages) : table_pages(p.table);
+}
 
 void page_index_cpu(const PageIndexParams& params, const CpuExecutor& exec);
 

@@ -9,16 +9,6 @@ namespace {
 
 constexpr int kAhead = 2;  // items from a prefetch to its use
 
-// Touched pages of a sequence.
-UA_INLINE PageRange touched_pages(const PageIndexParams& p, int b) {
-  const int seq_len = p.table.seq_lens[b];
-  const int start = max_of(p.start_lens != nullptr ? p.start_lens[b] : seq_len - p.max_new_tokens, 0);
-  if (start >= seq_len) return {0, 0};
-  const int first = start / p.table.page_size;
-  const int end = min_of((seq_len - 1) / p.table.page_size + 1, table_pages(p.table));
-  return {min_of(first, end), end};
-}
-
 // Exact entry, as numbers of type Out, of a page whose keys start at `keys` and lie `stride` elements apart.
 template <typename RuleT, typename T, typename Out>
 UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_dim, Out* entry) {
@@ -56,7 +46,7 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
     store(lanes, sqrt(V(sum_lanes(total_var))), Full());
     Out* slot = entry + RuleT::kVectors * head_dim;
     __builtin_memset(slot, 0, kScalarBytes);
-    from_scalar(lanes[0], *slot);
+    from_scalar(stored_scalar(lanes[0], Acc(largest_number(Out()))), *slot);
   }
 }
 
@@ -77,29 +67,35 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
       const int64_t items = int64_t{pages.end - pages.first} * p.num_kv_heads;
       const int64_t from = begin > skipped ? begin - skipped : 0;
       const int64_t to = end - skipped < items ? end - skipped : items;
-      const int32_t* blocks = p.table.blocks + b * p.table.stride_seq;
-      const auto keys_of = [&](int64_t item) {
+      const auto block_of = [&](int64_t item) {
+        const int page = pages.first + static_cast<int>(item / p.num_kv_heads);
+        return physical_block(p.table, b, page / pages_per_block);
+      };
+      const auto keys_of = [&](int64_t item, int block) -> const T* {
         const int page = pages.first + static_cast<int>(item / p.num_kv_heads);
         const int64_t offset = int64_t{page % pages_per_block} * page_size;
-        return token_row<T>(p.k_cache, blocks[page / pages_per_block], item % p.num_kv_heads, offset);
+        return token_row<T>(p.k_cache, block, item % p.num_kv_heads, offset);
       };
       for (int64_t i = from; i < to; ++i) {
         const int page = pages.first + static_cast<int>(i / p.num_kv_heads);
-        const T* const next = keys_of(i + kAhead < items ? i + kAhead : i);
+        const int block = block_of(i);
+        if (block < 0) continue;
+        const int64_t ahead = i + kAhead < items ? i + kAhead : i;
+        const T* const next = keys_of(ahead, max_of(block_of(ahead), 0));
         for (int j = 0; j < page_size; ++j) {
           for (int d = 0; d < p.head_dim; d += line_channels<T>()) {
             __builtin_prefetch(next + j * p.k_cache.stride_token + d);
           }
         }
-        uint8_t* entry = p.index.data + blocks[page / pages_per_block] * p.index.stride_block +
-                         i % p.num_kv_heads * p.index.stride_head + page % pages_per_block * p.index.stride_page;
+        uint8_t* entry = p.index.data + block * p.index.stride_block + i % p.num_kv_heads * p.index.stride_head +
+                         page % pages_per_block * p.index.stride_page;
         const int count = min_of(page_size, p.table.seq_lens[b] - page * page_size);
         if constexpr (kCompressed) {
           AccOf<T> statistics[2 * kMaxHeadDim];  // means, then standard deviations
-          encode_page<DirectionalRule>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, statistics);
+          encode_page<DirectionalRule>(keys_of(i, block), p.k_cache.stride_token, count, p.head_dim, statistics);
           compress_entry<RuleT>(statistics, statistics + p.head_dim, p.head_dim, entry);
         } else {
-          encode_page<RuleT>(keys_of(i), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
+          encode_page<RuleT>(keys_of(i, block), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));
         }
       }
       skipped += items;

@@ -74,9 +74,11 @@ __device__ __forceinline__ void compress_entry(float mean, float std, int head_d
   if (used + d < end) entry[used + d] = 0;
 }
 
-// Writes one channel of the new tokens in [first, end). Its thread reads it back itself: there is nothing to wait for.
+// Writes one channel of the new tokens in [first, end), which lie in `block`, if there is one. Its thread reads it back
+// itself: there is nothing to wait for. Tokens are loaded before anything depends on the block, which is still on its way.
 template <typename T>
-__device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, int head, int first, int end) {
+__device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, int head, int first, int end,
+                                               int block) {
   const int position = query_position(p.table.seq_lens[b], p.num_tokens, 0);
   first = max(first, position);
   const auto source = [&](const TokenView& x, int token) {
@@ -84,7 +86,7 @@ __device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, i
     return static_cast<const T*>(x.data)[row + threadIdx.x];
   };
   const auto target = [&](const PagedView& cache, int token) -> T& {
-    return static_cast<T*>(cache.data)[token_row<T>(cache, p.table, b, head, token) + threadIdx.x];
+    return token_row<T>(cache, block, head, token % p.block_size)[threadIdx.x];
   };
   for (int begin = first; begin < end; begin += kKeys) {
     T k[kKeys], v[kKeys];
@@ -94,7 +96,7 @@ __device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, i
     }
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
-      if (begin + j < end) target(p.k_cache, begin + j) = k[j], target(p.v_cache, begin + j) = v[j];
+      if (block >= 0 && begin + j < end) target(p.k_cache, begin + j) = k[j], target(p.v_cache, begin + j) = v[j];
     }
   }
 }
@@ -106,20 +108,21 @@ __global__ void __launch_bounds__(kMaxHeadDim)
   wait_for_previous_kernel();
   const int b = blockIdx.x / pages_per_seq;
   const int head = blockIdx.y;
-  const int seq_len = p.table.seq_lens[b];
-  const int start = p.start_lens != nullptr ? p.start_lens[b] : max(seq_len - p.max_new_tokens, 0);
-  if (start >= seq_len) return;
+  const PageRange pages = touched_pages(p, b);
+  const int page = pages.first + static_cast<int>(blockIdx.x % pages_per_seq);
+  if (page >= pages.end) return;
   const int page_size = p.table.page_size;
-  const int page = start / page_size + static_cast<int>(blockIdx.x % pages_per_seq);
+  const int pages_per_block = p.table.block_size / page_size;
+  const int block = physical_block(p.table, b, page / pages_per_block);
   const int first = page * page_size;
-  if (first >= seq_len) return;
-  const int count = min(page_size, seq_len - first);
+  const int count = min(page_size, p.table.seq_lens[b] - first);
 
   const int d = threadIdx.x;
   const bool active = d < p.head_dim;
-  if (kAppend && active) append_channel<T>(append, b, head, first, first + count);
+  if (kAppend && active) append_channel<T>(append, b, head, first, first + count, block);
+  if (block < 0) return;
   // A page lies within one block, so its rows are stride_token apart.
-  const T* keys = static_cast<const T*>(p.k_cache.data) + token_row<T>(p.k_cache, p.table, b, head, first) + d;
+  const T* keys = token_row<T>(p.k_cache, block, head, page % pages_per_block * page_size) + d;
 
   // Several keys at a time, so that their loads do not wait for one another; a page of so many is read once.
   float x[kKeys];
@@ -157,8 +160,6 @@ __global__ void __launch_bounds__(kMaxHeadDim)
     stats.var = squares / count;
   }
 
-  const int pages_per_block = p.table.block_size / page_size;
-  const int block = p.table.blocks[b * p.table.stride_seq + page / pages_per_block];
   uint8_t* entry = p.index.data + block * p.index.stride_block + head * p.index.stride_head +
                    (page % pages_per_block) * p.index.stride_page;
   if constexpr (kCompressed) {
@@ -177,19 +178,15 @@ __global__ void __launch_bounds__(kMaxHeadDim)
     const float total_var = block_sum(stats.var, scratch);
     // The whole slot is written, so that equal pages have equal bytes.
     constexpr int slot = static_cast<int>(kScalarBytes / sizeof(T));
-    if (d < slot) vectors[RuleT::kVectors * p.head_dim + d] = from_float<T>(d == 0 ? sqrtf(total_var) : 0.f);
+    const float scalar = stored_scalar(sqrtf(total_var), largest_number(T()));
+    if (d < slot) vectors[RuleT::kVectors * p.head_dim + d] = from_float<T>(d == 0 ? scalar : 0.f);
   }
 }
 
 template <bool kAppend>
 cudaError_t launch(const PageIndexParams& p, const AppendKvParams& append, cudaStream_t stream) {
-  if (p.batch == 0 || p.num_kv_heads == 0 || p.max_new_tokens == 0) return cudaSuccess;
-  // max_new_tokens tokens touch at most this many pages, wherever they start.
-  const int page_size = p.table.page_size;
-  const int touched = (p.max_new_tokens + page_size - 2) / page_size + 1;
-  const int capacity = p.table.max_blocks * (p.table.block_size / page_size);
-  const int pages_per_seq = touched < capacity ? touched : capacity;
-  if (pages_per_seq == 0) return cudaSuccess;
+  const int pages_per_seq = max_touched_pages(p);
+  if (p.batch == 0 || p.num_kv_heads == 0 || pages_per_seq == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(int64_t{p.batch} * pages_per_seq), p.num_kv_heads);
   const int threads = (p.head_dim + kWarp - 1) / kWarp * kWarp;
   cudaError_t error = cudaErrorInvalidValue;

@@ -1,6 +1,8 @@
 // What both kernels of page_scores share: which tokens and pages a thread block serves, and what it writes.
 #pragma once
 
+#include <atomic>
+
 #include "device_utils.cuh"
 #include "index_format.h"
 #include "page_scores.h"
@@ -36,8 +38,7 @@ struct ScoreTile {
   int token_begin, num_tokens;
   int page_begin, page_end;
   int seq_len;
-  int first_page;  // pages that any token of the tile sees: from here
-  PageRange last;  // to the end of what the last token sees
+  PageRange seen;  // pages that any token of the tile sees
 };
 
 __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const ScoreGrid& grid) {
@@ -49,16 +50,7 @@ __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const
   tile.page_begin = static_cast<int>(blockIdx.y) * grid.pages_per_block;
   tile.page_end = min(tile.page_begin + grid.pages_per_block, p.num_pages);
   tile.seq_len = p.table.seq_lens[tile.b];
-  tile.last = visible_pages(query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + tile.num_tokens - 1),
-                            p.window, p.table.page_size);
-  tile.first_page = tile.last.first;
-  for (int t = 0; t + 1 < tile.num_tokens && tile.last.end > 0; ++t) {
-    const int position = query_position(tile.seq_len, p.num_query_tokens, tile.token_begin + t);
-    if (position >= 0) {
-      tile.first_page = visible_pages(position, p.window, p.table.page_size).first;
-      break;
-    }
-  }
+  tile.seen = scored_pages(p, tile.b, tile.token_begin, tile.token_begin + tile.num_tokens);
   return tile;
 }
 
@@ -82,17 +74,33 @@ __device__ __forceinline__ void store_score(const PageScoresParams& p, const Sco
   }
 }
 
-// Thread blocks of a kernel that a multiprocessor holds.
-template <typename Kernel>
-int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
-  int blocks = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
-  return error == cudaSuccess && blocks > 0 ? blocks : 1;
-}
+struct Device {
+  int index;
+  int multiprocessors;
+};
+
+// Thread blocks of a kernel that a multiprocessor of each device holds: a question to the runtime the first time.
+class ResidentBlocks {
+ public:
+  template <typename Kernel>
+  int get(const Device& device, Kernel* kernel, int threads, size_t shared_bytes) {
+    const bool keeps = device.index < kDevices;
+    int blocks = keeps ? known_[device.index].load(std::memory_order_relaxed) : 0;
+    if (blocks > 0) return blocks;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+    if (error != cudaSuccess || blocks < 1) return 1;
+    if (keeps) known_[device.index].store(blocks, std::memory_order_relaxed);
+    return blocks;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices] = {};
+};
 
 // Whether page_scores_mma_cuda can: 16-bit inputs and an exact index (not of `minmax`), or bf16 and a compressed one with
 // a usual head dimension.
 bool page_scores_on_mma(const PageScoresParams& params);
-cudaError_t page_scores_mma_cuda(const PageScoresParams& params, int num_sms, cudaStream_t stream);
+cudaError_t page_scores_mma_cuda(const PageScoresParams& params, const Device& device, cudaStream_t stream);
 
 }  // namespace unique_attn

@@ -23,26 +23,9 @@ struct ScoreInfo<double> {
   using Type = double;
 };
 
-// Pages that a query token sees, as far as the row of scores and the block table reach.
-UA_INLINE PageRange token_pages(const PageScoresParams& p, int b, int t) {
-  PageRange pages =
-      visible_pages(query_position(p.table.seq_lens[b], p.num_query_tokens, t), p.window, p.table.page_size);
-  pages.end = min_of(pages.end, min_of(p.num_pages, table_pages(p.table)));
-  pages.first = min_of(pages.first, pages.end);
-  return pages;
-}
-
-// Pages that any query token of the sequence sees: later tokens see later pages.
+UA_INLINE PageRange token_pages(const PageScoresParams& p, int b, int t) { return scored_pages(p, b, t, t + 1); }
 UA_INLINE PageRange sequence_pages(const PageScoresParams& p, int b) {
-  PageRange pages = token_pages(p, b, p.num_query_tokens - 1);
-  for (int t = 0; t < p.num_query_tokens; ++t) {
-    const PageRange of_token = token_pages(p, b, t);
-    if (of_token.first < of_token.end) {
-      pages.first = min_of(pages.first, of_token.first);
-      break;
-    }
-  }
-  return pages;
+  return scored_pages(p, b, 0, p.num_query_tokens);
 }
 
 // A sequence without visible pages has one chunk as well: its rows may have to be filled.

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
   const int num_tokens = tile.num_tokens;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_chunks = p.head_dim / 8;
-  const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
+  const bool nothing = max(tile.seen.first, tile.page_begin) >= min(tile.seen.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
 
   float* q_norms = shared + num_tokens * group * p.head_dim;
@@ -137,16 +137,18 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
   for (int base = tile.page_begin; base < tile.page_end; base += kPagesPerStep) {
     const int page = base + static_cast<int>(threadIdx.x) / kLanes;
     const bool in_row = page < tile.page_end;
-    const bool visible = in_row && page >= tile.first_page && page < tile.last.end;
+    const bool visible = in_row && page >= tile.seen.first && page < tile.seen.end;
     if (__all_sync(kFullMask, !visible) && !p.fill_outside) continue;
 
     EntryChunk<T, RuleT, kCompressed> raw[CPL];
     float scalar = 0.f;
 #pragma unroll
     for (int i = 0; i < CPL; ++i) raw[i].zero();
-    if (visible) {
-      const uint8_t* entry = p.index.data + table[page / pages_per_block] * p.index.stride_block +
-                             tile.head * p.index.stride_head + (page % pages_per_block) * p.index.stride_page;
+    const int block = visible ? table[page / pages_per_block] : -1;
+    const bool exists = is_index(block, p.table.num_blocks);
+    if (exists) {
+      const uint8_t* entry = p.index.data + block * p.index.stride_block + tile.head * p.index.stride_head +
+                             (page % pages_per_block) * p.index.stride_page;
 #pragma unroll
       for (int i = 0; i < CPL; ++i) {
         const int chunk = lane + i * kLanes;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
 
     for (int t = 0; t < num_tokens; ++t) {
       float best = -INFINITY;
-      bool any_nan = false;
+      bool any_nan = !exists;
       for (int g = 0; g < group; ++g) {
         const int row = t * group + g;
         float u = 0.f, v = 0.f;
@@ -188,14 +190,15 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
 }
 
 template <typename T, typename RuleT, bool kCompressed, int CPL>
-cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch(const PageScoresParams& p, const Device& device, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
   const size_t bytes_per_token = size_t(group) * (p.head_dim + 1) * sizeof(float);
   const int fitting = static_cast<int>(kQueryBytes / bytes_per_token);
   const int tokens = fitting < 1 ? 1 : (fitting < p.num_query_tokens ? fitting : p.num_query_tokens);
   const auto kernel = page_scores_kernel<T, RuleT, kCompressed, CPL>;
-  static const int resident = resident_blocks(kernel, kThreads, kQueryBytes);
-  const ScoreGrid grid = plan_score_grid(p, tokens, kPagesPerStep, resident * num_sms);
+  static ResidentBlocks resident;
+  const ScoreGrid grid = plan_score_grid(p, tokens, kPagesPerStep,
+                                         resident.get(device, kernel, kThreads, kQueryBytes) * device.multiprocessors);
   kernel<<<score_blocks(p, grid), kThreads, tokens * bytes_per_token, stream>>>(p, grid);
   return cudaGetLastError();
 }
@@ -204,17 +207,19 @@ cudaError_t launch(const PageScoresParams& p, int num_sms, cudaStream_t stream) 
 
 cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.num_kv_heads == 0 || params.num_pages == 0) return cudaSuccess;
-  int device = 0, num_sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  Device device{};
+  cudaError_t error = cudaGetDevice(&device.index);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, device.index);
+  }
   if (error != cudaSuccess) return error;
-  if (page_scores_on_mma(params)) return page_scores_mma_cuda(params, num_sms, stream);
+  if (page_scores_on_mma(params)) return page_scores_mma_cuda(params, device, stream);
   const int chunks_per_lane = (params.head_dim / 8 + kLanes - 1) / kLanes;
   static_assert(kMaxChunks == 4, "the launch below covers 1 to 4 chunks per lane");
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, UA_DISPATCH_INDEX(params.index.format, params.rule, RuleT, kCompressed, {
-                           error = chunks_per_lane == 1   ? launch<T, RuleT, kCompressed, 1>(params, num_sms, stream)
-                                   : chunks_per_lane == 2 ? launch<T, RuleT, kCompressed, 2>(params, num_sms, stream)
-                                                          : launch<T, RuleT, kCompressed, 4>(params, num_sms, stream);
+                           error = chunks_per_lane == 1   ? launch<T, RuleT, kCompressed, 1>(params, device, stream)
+                                   : chunks_per_lane == 2 ? launch<T, RuleT, kCompressed, 2>(params, device, stream)
+                                                          : launch<T, RuleT, kCompressed, 4>(params, device, stream);
                          }));
   return error;
 }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
   const ScoreTile tile = score_tile(p, grid);
-  const bool nothing = max(tile.first_page, tile.page_begin) >= min(tile.last.end, tile.page_end);
+  const bool nothing = max(tile.seen.first, tile.page_begin) >= min(tile.seen.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_rows = tile.num_tokens * group;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
       }
     }
     ring.next();
-    const bool any = max(base, tile.first_page) < min(base + C::kPages, min(tile.last.end, tile.page_end));
+    const bool any = max(base, tile.seen.first) < min(base + C::kPages, min(tile.seen.end, tile.page_end));
     float best[C::kProducts][2];  // one tile of queries: the maxima of the rows
 #pragma unroll
     for (int m = 0; m < C::kProducts; ++m) best[m][0] = best[m][1] = -INFINITY;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
       if (group > 4) with_lane(2);  // else two lanes, 4 neighbouring columns, have seen all heads
       // Each lane of a quad writes one of its pages, if it has so many.
       const int page = base + lane / 4 + lane % 4 * 8;
-      const bool visible = page >= tile.first_page && page < tile.last.end;
+      const bool visible = page >= tile.seen.first && page < tile.seen.end;
       if (lane % 4 < C::kProducts * 2 && page < tile.page_end && (visible || p.fill_outside)) {
         const auto pick = [&](int m) { return lane % 2 == 0 ? best[m][0] : best[m][1]; };
         const float score = C::kProducts == 1 || lane % 4 < 2 ? pick(0) : pick(C::kProducts - 1);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 }
 
 template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
-cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStream_t stream) {
+cudaError_t launch(const PageScoresParams& p, int tokens, const Device& device, cudaStream_t stream) {
   using C = Cut<Row, kSteps, kTiles>;
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
   const EntryPieces pieces = entry_pieces(p, C::kPages, C::kStep);
@@ -234,44 +234,45 @@ cudaError_t launch(const PageScoresParams& p, int tokens, int num_sms, cudaStrea
   static_assert(kBytes <= 99 * 1024, "what every GPU of compute capability 8 has");
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  static const int resident = resident_blocks(kernel, kThreads, kBytes);
-  const ScoreGrid grid = plan_score_grid(p, tokens, C::kStep, resident * num_sms);
+  static ResidentBlocks resident;
+  const ScoreGrid grid =
+      plan_score_grid(p, tokens, C::kStep, resident.get(device, kernel, kThreads, kBytes) * device.multiprocessors);
   return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid, pieces);
 }
 
 template <typename T, typename Row, Form kForm, int kSteps>
-cudaError_t launch_rows(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch_rows(const PageScoresParams& p, const Device& device, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
-  if (p.num_query_tokens == 1 && group <= kColumns) return launch<T, Row, kForm, kSteps, 1>(p, 1, num_sms, stream);
+  if (p.num_query_tokens == 1 && group <= kColumns) return launch<T, Row, kForm, kSteps, 1>(p, 1, device, stream);
   const int fitting = kMaxTiles<kSteps> * kColumns / group;
   const int tokens = fitting < p.num_query_tokens ? fitting : p.num_query_tokens;
-  return launch<T, Row, kForm, kSteps, kMaxTiles<kSteps>>(p, tokens, num_sms, stream);
+  return launch<T, Row, kForm, kSteps, kMaxTiles<kSteps>>(p, tokens, device, stream);
 }
 
 template <typename T, Form kForm, int kSteps>
-cudaError_t launch_format(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch_format(const PageScoresParams& p, const Device& device, cudaStream_t stream) {
   if (p.index.format == IndexFormat::kExact) {
-    return launch_rows<T, ExactRow<T, kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
+    return launch_rows<T, ExactRow<T, kForm, kSteps>, kForm, kSteps>(p, device, stream);
   }
-  return launch_rows<__nv_bfloat16, CompressedRow<kForm, kSteps>, kForm, kSteps>(p, num_sms, stream);
+  return launch_rows<__nv_bfloat16, CompressedRow<kForm, kSteps>, kForm, kSteps>(p, device, stream);
 }
 
 template <typename T, Form kForm>
-cudaError_t launch_depth(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
-  return p.head_dim <= 64    ? launch_format<T, kForm, 4>(p, num_sms, stream)
-         : p.head_dim <= 128 ? launch_format<T, kForm, 8>(p, num_sms, stream)
-                             : launch_format<T, kForm, 16>(p, num_sms, stream);
+cudaError_t launch_depth(const PageScoresParams& p, const Device& device, cudaStream_t stream) {
+  return p.head_dim <= 64    ? launch_format<T, kForm, 4>(p, device, stream)
+         : p.head_dim <= 128 ? launch_format<T, kForm, 8>(p, device, stream)
+                             : launch_format<T, kForm, 16>(p, device, stream);
 }
 
 template <typename T>
-cudaError_t launch_form(const PageScoresParams& p, int num_sms, cudaStream_t stream) {
+cudaError_t launch_form(const PageScoresParams& p, const Device& device, cudaStream_t stream) {
   switch (p.rule) {
     case Rule::kMean:
-      return launch_depth<T, Form::kMean>(p, num_sms, stream);
+      return launch_depth<T, Form::kMean>(p, device, stream);
     case Rule::kUnique:
-      return launch_depth<T, Form::kUnique>(p, num_sms, stream);
+      return launch_depth<T, Form::kUnique>(p, device, stream);
     case Rule::kDirectional:
-      return launch_depth<T, Form::kVariance>(p, num_sms, stream);
+      return launch_depth<T, Form::kVariance>(p, device, stream);
     case Rule::kMinMax:
       break;
   }
@@ -288,9 +289,9 @@ bool page_scores_on_mma(const PageScoresParams& p) {
   return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256);
 }
 
-cudaError_t page_scores_mma_cuda(const PageScoresParams& params, int num_sms, cudaStream_t stream) {
-  return params.dtype == DType::kBFloat16 ? launch_form<__nv_bfloat16>(params, num_sms, stream)
-                                          : launch_form<__half>(params, num_sms, stream);
+cudaError_t page_scores_mma_cuda(const PageScoresParams& params, const Device& device, cudaStream_t stream) {
+  return params.dtype == DType::kBFloat16 ? launch_form<__nv_bfloat16>(params, device, stream)
+                                          : launch_form<__half>(params, device, stream);
 }
 
 }  // namespace unique_attn

@@ -133,7 +133,8 @@ class Backward {
   void add_scores() {
     for (int page = query.range.first; page < query.range.end; ++page) {
       const Acc gradient = d_gate[page] * query.slope[page];
-      if (gradient == Acc(0)) continue;
+      // Without a boundary the slope is 0 and nothing was scored, not even where d_gate is NaN.
+      if (gradient == Acc(0) || query.slope[page] == Acc(0)) continue;
       const int g = query.gates.best[page];
       const Acc* q = query.q + g * stride;
       const T* entry = query.gates.entries[page];

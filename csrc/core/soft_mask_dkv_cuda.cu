@@ -42,7 +42,8 @@ struct Shared {
 };
 
 template <typename T, int DP>
-__global__ void __launch_bounds__(kThreads) soft_mask_dkv_kernel(const SoftMaskBackwardParams b, int tokens_per_tile) {
+__global__ void __launch_bounds__(kThreads)
+    soft_mask_dkv_kernel(const SoftMaskBackwardParams b, int tokens_per_tile, int first_sequence) {
   using C = Config<T, DP>;
   constexpr int kStride = tile_stride<T>(DP);
   constexpr int kTiles = C::kRows / 8;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) soft_mask_dkv_kernel(const SoftMaskB
   auto& shared = *reinterpret_cast<Shared<T, DP>*>(shared_bytes);
   const SoftMaskForwardParams& p = b.forward;
 
-  const Segment s = segment(p, blockIdx.z, blockIdx.y);
+  const Segment s = segment(p, first_sequence + blockIdx.z, blockIdx.y);
   const int first_key = blockIdx.x * kKeys;
   if (first_key >= s.length) return;
   const int page_size = p.seqs.page_size;
@@ -270,13 +271,15 @@ cudaError_t launch(const SoftMaskBackwardParams& b, cudaStream_t stream) {
   using C = Config<T, DP>;
   const SoftMaskForwardParams& p = b.forward;
   const int tokens_per_tile = C::kRows / (p.num_q_heads / p.num_kv_heads);
-  const dim3 grid((p.seqs.max_seqlen + kKeys - 1) / kKeys, p.num_kv_heads, p.seqs.batch);
+  const int tiles = (p.seqs.max_seqlen + kKeys - 1) / kKeys;
   const auto kernel = soft_mask_dkv_kernel<T, DP>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
-  kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(b, tokens_per_tile);
-  return cudaGetLastError();
+  return launch_sequences(p.seqs.batch, [&](int first, unsigned count) {
+    const dim3 grid(tiles, p.num_kv_heads, count);
+    kernel<<<grid, kThreads, sizeof(Shared<T, DP>), stream>>>(b, tokens_per_tile, first);
+  });
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
   const int length = a.p.seqs.cu_seqlens[b + 1] - start;
@@ -158,6 +158,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(ds_operand);
     // The product before read the stage before for the last time.
     if (tile > 0) barrier_arrive_warp(&shared.empty[stage == 0 ? kStages - 1 : stage - 1]);
+    // The sequence's last tile. Of the product with its queries that is done, rows past the end are not used.
+    const bool ends = first_token + a.tokens > length;
+    if (ends && has_next(a, start, length)) {
+      const int first = (length - first_token) * a.group;
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.q[stage][0], kNext, first, used_rows, threadIdx.x);
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.grad[stage][0], kNext, first, used_rows, threadIdx.x);
+      finish_zero_rows<2 * kWarpgroup>(1);
+    }
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
       const float4 stat = *reinterpret_cast<const float4*>(row_stats + n * 8 + column);  // of two rows
@@ -181,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       x[4 * n + 2] = exp2_fast(fmaf(x[4 * n + 2], scale, low.y));
       x[4 * n + 3] = exp2_fast(fmaf(x[4 * n + 3], scale, high.y));
     }
-    if (first_token < first_key + warpgroup * 64 + 63 || first_token + a.tokens > length) {
+    if (first_token < first_key + warpgroup * 64 + 63 || ends) {
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) {
         const int position = first_token + ((i / 4 * 8 + column + i % 2) * per_group >> 16);
@@ -260,9 +268,11 @@ cudaError_t launch(const HopperArgs& a, const DkvMaps& maps, const float2* stats
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.key_end - a.chunk.key_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + kDkvKeys - 1) / kDkvKeys, a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, stats, page_grads, static_cast<T*>(dk), static_cast<T*>(dv));
-  return cudaGetLastError();
+  const int tiles = (longest + kDkvKeys - 1) / kDkvKeys;
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(
+        maps, a.from_sequence(first), stats, page_grads, static_cast<T*>(dk), static_cast<T*>(dv));
+  });
 }
 
 }  // namespace

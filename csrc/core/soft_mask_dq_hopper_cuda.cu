@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
   constexpr bool kGated = kMode != MaskMode::kDense;
   constexpr bool kSoft = kMode == MaskMode::kSoft;
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, 2 * a.tokens);
   if (t.first >= t.end) return;
@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int num_tiles = last_token / kKeys + 1;
   const int warpgroup = warpgroup_index();
   const int box = gate_box(kKeys, a.p.seqs.page_size);
+  const int num_pages = mean_box(a.p.seqs.page_size);  // of a tile
 
   if (threadIdx.x == 0) {
     barrier_init(&shared.q_full, 1);
@@ -64,6 +65,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init_warps(&shared.empty[i], kConsumers);
     }
     barrier_init_fence();
+  }
+  if (kSoft) {  // rows that no copy fills
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      zero_rows<S::kTiles, kThreads>(shared.mean[i][0], sizeof(shared.mean[0][0]), num_pages, kMostPages, threadIdx.x);
+    }
+    fence_async_proxy();
   }
   __syncthreads();
 
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       int bytes = 2 * static_cast<int>(sizeof(shared.k[0]));
       if (kGated) bytes += 2 * box * a.tokens * static_cast<int>(sizeof(__half));
-      if (kSoft) bytes += 2 * kBestAlign * a.tokens + static_cast<int>(sizeof(shared.mean[0]));
+      if (kSoft) bytes += 2 * kBestAlign * a.tokens + S::kTiles * num_pages * kSwizzleRow;
       const int slot = page_slot(t.start, b, a.p.seqs.page_size, 0);
       Ring<kStages> ring;
       for (int tile = num_tiles - 1; tile >= 0; --tile) {
@@ -115,7 +123,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = t.first + warpgroup * a.tokens;
   const int num_tokens = max(min(a.tokens, t.end - first), 0);
   const int page_size = a.p.seqs.page_size;
-  const int num_pages = max(kKeys >> a.page_shift, 1);  // of a tile
   const float scale = static_cast<float>(a.p.scale) * kLog2e;
   const float per_scale = 1.f / static_cast<float>(a.p.scale);
   const float per_tau = kSoft ? 1.f / *a.p.tau : 0.f;
@@ -163,6 +170,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   barrier_wait(&shared.q_full, 0);
   barrier_wait(&shared.full[0], 0);
+  // The tile that comes first may be the sequence's last. Slots past a sequence's pages hold anything.
+  const int tail = t.length - (num_tiles - 1) * kKeys;
+  if (tail < kKeys && (kSoft || has_next(a, t.start, t.length))) {
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.k[0][0], sizeof(shared.k[0][0]), tail, kKeys, threadIdx.x);
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], sizeof(shared.v[0][0]), tail, kKeys, threadIdx.x);
+    if (kSoft) {  // of incomplete pages too, which have no gate
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.mean[0][0], sizeof(shared.mean[0][0]), tail >> a.page_shift,
+                                           num_pages, threadIdx.x);
+    }
+    finish_zero_rows<2 * kWarpgroup>(3);
+  }
   wgmma_fence();
   product_abt<T, D>(s, q, kQNext, shared.k[0][0], kKeyNext);
   product_abt<T, D>(dp, grad, kQNext, shared.v[0][0], kKeyNext);
@@ -338,9 +356,11 @@ cudaError_t launch(const HopperArgs& a, const DqMaps& maps, const float2* stats,
   if (error != cudaSuccess) return error;
   const int chunk = a.chunk.token_end - a.chunk.token_begin;
   const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + 2 * a.tokens - 1) / (2 * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a, stats, weights, static_cast<T*>(dq));
-  return cudaGetLastError();
+  const int tiles = (longest + 2 * a.tokens - 1) / (2 * a.tokens);
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), stats,
+                                                                               weights, static_cast<T*>(dq));
+  });
 }
 
 }  // namespace

@@ -29,14 +29,14 @@ struct Shared {
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
-    soft_mask_forward_kernel(const SoftMaskForwardParams p, int tokens_per_tile) {
+    soft_mask_forward_kernel(const SoftMaskForwardParams p, int tokens_per_tile, int first_sequence) {
   using C = Config<T, DP>;
   constexpr int kThreads = C::kWarps * kWarp;
   constexpr int kStride = tile_stride<T>(DP);
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<T, DP>*>(shared_bytes);
 
-  const Segment s = segment(p, blockIdx.z, blockIdx.y);
+  const Segment s = segment(p, first_sequence + blockIdx.z, blockIdx.y);
   // The last tiles see the most keys: start them first.
   const int first_token = (gridDim.x - 1 - blockIdx.x) * tokens_per_tile;
   if (first_token >= s.length) return;
@@ -165,13 +165,15 @@ template <typename T, int DP>
 cudaError_t launch(const SoftMaskForwardParams& p, cudaStream_t stream) {
   using C = Config<T, DP>;
   const int tokens_per_tile = C::kRows / (p.num_q_heads / p.num_kv_heads);
-  const dim3 grid((p.seqs.max_seqlen + tokens_per_tile - 1) / tokens_per_tile, p.num_kv_heads, p.seqs.batch);
+  const int tiles = (p.seqs.max_seqlen + tokens_per_tile - 1) / tokens_per_tile;
   const auto kernel = soft_mask_forward_kernel<T, DP>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<T, DP>));
   if (error != cudaSuccess) return error;
-  kernel<<<grid, C::kWarps * kWarp, sizeof(Shared<T, DP>), stream>>>(p, tokens_per_tile);
-  return cudaGetLastError();
+  return launch_sequences(p.seqs.batch, [&](int first, unsigned count) {
+    const dim3 grid(tiles, p.num_kv_heads, count);
+    kernel<<<grid, C::kWarps * kWarp, sizeof(Shared<T, DP>), stream>>>(p, tokens_per_tile, first);
+  });
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
   auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
-  const int b = blockIdx.z;
+  const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   // The last tiles see the most keys: start them first.
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, 2 * a.tokens);
@@ -120,6 +120,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   wgmma_commit();
   wgmma_wait<0>();
   pin(s);
+  // The tile that comes first may be the sequence's last. Of keys past the end no logit is used.
+  const int tail = t.length - (num_tiles - 1) * kKeys;
+  if (tail < kKeys && has_next(a, t.start, t.length)) {
+    barrier_wait(&shared.v_full[0], 0);
+    zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], sizeof(shared.v[0][0]), tail, kKeys, threadIdx.x);
+    finish_zero_rows<2 * kWarpgroup>(1);
+  }
   for (int tile = num_tiles - 1; tile >= 0; --tile) {
     const int first_key = tile * kKeys;
     if (kGated) {
@@ -226,9 +233,10 @@ cudaError_t launch(const HopperArgs& a, const ForwardMaps& maps, cudaStream_t st
   const int longest = a.chunk.token_end - a.chunk.token_begin < a.p.seqs.max_seqlen
                           ? a.chunk.token_end - a.chunk.token_begin
                           : a.p.seqs.max_seqlen;
-  const dim3 grid((longest + 2 * a.tokens - 1) / (2 * a.tokens), a.p.num_kv_heads, a.p.seqs.batch);
-  kernel<<<grid, kThreads, kBytes, stream>>>(maps, a);
-  return cudaGetLastError();
+  const int tiles = (longest + 2 * a.tokens - 1) / (2 * a.tokens);
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first));
+  });
 }
 
 }  // namespace

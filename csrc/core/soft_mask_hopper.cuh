@@ -3,6 +3,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "sequence_grid.cuh"
 #include "soft_mask_hopper.h"
 
 namespace unique_attn {
@@ -27,8 +28,15 @@ struct HopperArgs {
   SoftMaskForwardParams p;
   HopperChunk chunk;
   int group;
-  int tokens;      // per 64 rows
-  int page_shift;  // log2 of the page size
+  int tokens;              // per 64 rows
+  int page_shift;          // log2 of the page size
+  int first_sequence = 0;  // of this launch
+
+  HopperArgs from_sequence(int first) const {
+    HopperArgs args = *this;
+    args.first_sequence = first;
+    return args;
+  }
 };
 
 // Sequence and tile of a thread block that serves queries of a chunk.
@@ -45,6 +53,11 @@ __device__ __forceinline__ QueryTile query_tile(const HopperArgs& a, int b, int 
   return {start, stop - start, first - start, min(stop, a.chunk.token_end) - start};
 }
 
+// Whether tokens of another sequence follow those of this one.
+__device__ __forceinline__ bool has_next(const HopperArgs& a, int start, int length) {
+  return start + length < a.p.seqs.total_tokens;
+}
+
 // First tile of `tile_keys` keys of a sequence that starts in the chunk.
 __device__ __forceinline__ int first_key_tile(const HopperChunk& chunk, int start, int tile_keys) {
   return max(chunk.key_begin - start + tile_keys - 1, 0) / tile_keys;
@@ -59,6 +72,9 @@ __device__ __forceinline__ int first_chunk_page(const HopperArgs& a, int start) 
 constexpr int kGateAlign = 8;
 constexpr int kBestAlign = 16;
 UA_HD int gate_box(int tile_keys, int page_size) { return tile_keys / page_size < 8 ? 8 : tile_keys / page_size; }
+// Pages of a tile of keys in dq.
+UA_HD int mean_box(int page_size) { return kDqKeys / page_size; }
+static_assert(kDqKeys >= kMaxPageSize, "a tile has whole pages");
 
 #ifdef UA_HOPPER
 // Log-gates of one row for kBlocks blocks of 8 keys; `column` is this thread's first key of a block, `of_row` holds the
@@ -98,7 +114,7 @@ struct TensorBox {
   const void* data;
   int element_bytes;  // 1, 2
   int64_t size[3];    // x, y, z
-  int64_t stride[2];  // of y and z, in bytes, multiples of 16
+  int64_t stride[2];  // of y and z, in bytes, multiples of 16 and not 0
   int box[3];
   bool swizzle;  // 128 bytes; else none
 };

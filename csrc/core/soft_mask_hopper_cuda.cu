@@ -1,5 +1,7 @@
 // Chains the Hopper training kernels over chunks of queries (forward pass, dq, gradients of the pages) and of keys
 // (dk, dv), and describes their tensors to the TMA.
+#include <atomic>
+
 #include "soft_mask_hopper.cuh"
 
 namespace unique_attn {
@@ -107,20 +109,37 @@ HopperPlan plan_soft_mask(const SoftMaskForwardParams& p, bool backward, int dev
   return plan;
 }
 
-cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  // The driver's function, without linking the driver: the library loads where there is none.
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, without linking the driver: the library loads where there is none. It is asked for until there
+// is one, so that a failure is not remembered.
+cudaError_t find_encode(Encode& encode) {
+  static std::atomic<Encode> known{nullptr};
+  encode = known.load(std::memory_order_relaxed);
+  if (encode != nullptr) return cudaSuccess;
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-    return reinterpret_cast<Encode>(function);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
+  encode = reinterpret_cast<Encode>(function);
+  known.store(encode, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
+  Encode encode = nullptr;
+  const cudaError_t error = find_encode(encode);
+  if (error != cudaSuccess) return error;
   cuuint64_t size[3], stride[2];
   cuuint32_t box[3], step[3] = {1, 1, 1};
   for (int i = 0; i < 3; ++i) {
@@ -296,7 +315,7 @@ cudaError_t Launcher::backward(const SoftMaskBackwardParams& b) {
   UA_RETURN_IF(encode_tensor_map(dq.grad, queries(b.grad_out, grad_stride, p_.head_dim, p_.seqs.total_tokens)));
   UA_RETURN_IF(encode_tensor_map(dq.k, keys(p_.k, p_.k_stride_token, p_.k_stride_head, kDqKeys)));
   UA_RETURN_IF(encode_tensor_map(dq.v, keys(p_.v, p_.v_stride_token, p_.v_stride_head, kDqKeys)));
-  if (soft) UA_RETURN_IF(encode_tensor_map(dq.mean, entries(kDqKeys / 4)));
+  if (soft) UA_RETURN_IF(encode_tensor_map(dq.mean, entries(mean_box(page_size))));
   UA_RETURN_IF(each_query_chunk([&](const HopperArgs& a) {
     if (p_.mode != MaskMode::kDense) {
       UA_RETURN_IF(gates(a, soft ? ScoreOutput::kGatesForBackward : ScoreOutput::kGates));

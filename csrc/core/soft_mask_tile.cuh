@@ -3,6 +3,7 @@
 #pragma once
 
 #include "mma_tile.cuh"
+#include "sequence_grid.cuh"
 #include "soft_mask_attention.h"
 
 namespace unique_attn {

@@ -10,7 +10,7 @@ namespace unique_attn {
 // out = softmax(scale * q K_T^T) V_T over the tokens of the selected pages that the query may see (causal
 // limit and window), lse = log sum exp of those logits (natural log). A query that sees no token gets
 // out = 0 and lse = -inf. Keys and values that a query may not see are never multiplied in, so a NaN there
-// cannot leak.
+// cannot leak. Nor are pages past the table's row, and (CUDA; the CPU's op refuses) those for which it names no block.
 struct SparseDecodeParams {
   DType dtype;           // of q, the caches and out
   int batch;             // B

@@ -52,10 +52,9 @@ class TokenWalk {
     blocks = p.table.blocks + b * p.table.stride_seq;
     const int position =
         query_position(p.table.seq_lens[b], p.num_query_tokens, static_cast<int>(token % p.num_query_tokens));
-    visible = visible_pages(position, p.window, p.table.page_size);
-    visible.end = min_of(visible.end, table_pages(p.table));
-    first_token = first_visible_token(position, p.window);
-    end_token = position + 1;
+    tokens = visible_tokens(p.table, position, p.window);
+    const int page_size = p.table.page_size;
+    visible = {tokens.first / page_size, (tokens.end + page_size - 1) / page_size};
     slot = 0;
     for (int i = 0; i < kTouchAhead; ++i) touch(i);
   }
@@ -82,8 +81,8 @@ class TokenWalk {
       touch(slot + kTouchAhead);
       const int page = pages[slot];
       if (page < visible.first || page >= visible.end) continue;  // negative pages as well
-      const int begin = max_of(first_token, page * page_size);
-      const int stop = min_of(end_token, page * page_size + page_size);
+      const int begin = max_of(tokens.first, page * page_size);
+      const int stop = min_of(tokens.end, page * page_size + page_size);
       const T* key = page_row(p.k_cache, page) + (begin - page * page_size) * p.k_cache.stride_token;
       const T* value = page_row(p.v_cache, page) + (begin - page * page_size) * p.v_cache.stride_token;
       for (int i = begin; i < stop; ++i, ++count) {
@@ -103,9 +102,8 @@ class TokenWalk {
   int64_t head;
   const int32_t* pages;
   const int32_t* blocks;
+  TokenRange tokens;  // that it sees, and their pages
   PageRange visible;
-  int first_token;
-  int end_token;
   int slot;  // next of its selected pages
 };
 

@@ -47,10 +47,11 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
   const int page_size = p.table.page_size;
   const int page_shift = __ffs(page_size) - 1;
   const int position = query_position(p.table.seq_lens[b], p.num_query_tokens, t);
-  const int first_token = first_visible_token(position, p.window);
+  const TokenRange seen = visible_tokens(p.table, position, p.window);
+  const int seen_pages = (seen.end + page_size - 1) >> page_shift;
   const int32_t* pages = p.pages + (int64_t{blockIdx.x} * p.num_kv_heads + head) * p.k;
   const int page_begin = split * pages_per_split;
-  const int tokens = position < 0 ? 0 : max(min(pages_per_split, p.k - page_begin), 0) << page_shift;
+  const int tokens = seen.end == 0 ? 0 : max(min(pages_per_split, p.k - page_begin), 0) << page_shift;
 
   bool any_visible = false;
   float m[GT], l[GT], acc[GT][8];
@@ -69,15 +70,17 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(const SparseDec
     for (int i = 0; i < kUnroll; ++i) {
       const int token = base + i * kWarps * kGroups + lane / LPT;
       const int page = token < tokens ? pages[page_begin + (token >> page_shift)] : -1;
-      const int at = page * page_size + (token & (page_size - 1));
-      visible[i] = page >= 0 && at <= position && at >= first_token;
+      const int at = is_index(page, seen_pages) ? page * page_size + (token & (page_size - 1)) : -1;
+      const bool inside = at >= seen.first && at < seen.end;
+      const int block = inside ? physical_block(p.table, b, at / p.table.block_size) : -1;
+      visible[i] = block >= 0;
       any_visible = any_visible || visible[i];
       // What may not be seen is not read: zeros stand in for it, and its weight is zero.
       k_raw[i].zero();
       v_raw[i].zero();
       if (visible[i] && has_channels) {
-        k_raw[i].load(static_cast<const T*>(p.k_cache.data) + token_row<T>(p.k_cache, p.table, b, head, at) + channel);
-        v_raw[i].load(static_cast<const T*>(p.v_cache.data) + token_row<T>(p.v_cache, p.table, b, head, at) + channel);
+        k_raw[i].load(token_row<T>(p.k_cache, block, head, at % p.table.block_size) + channel);
+        v_raw[i].load(token_row<T>(p.v_cache, block, head, at % p.table.block_size) + channel);
       }
     }
     float s[kUnroll][GT];

@@ -101,9 +101,11 @@ __global__ void __launch_bounds__(Warps* kWarp)
   };
   load_pages(0);
   const int position = query_position(p.table.seq_lens[b], p.num_query_tokens, t);
-  const int first_token = first_visible_token(position, p.window);
-  // A token is visible if its place after first_token is, as an unsigned number, less than this.
-  const unsigned num_visible = position < 0 ? 0 : position - first_token + 1;
+  const TokenRange tokens = visible_tokens(p.table, position, p.window);
+  const int end_token = min(tokens.end, kNever);
+  const int end_page = (end_token + page_size - 1) >> page_shift;
+  // A token is visible if its place after the first one is, as an unsigned number, less than this.
+  const unsigned num_visible = end_token - tokens.first;
 
   // q as the second operand of the products, zeros beyond head_dim. Columns beyond the group repeat its last head; their
   // results are not used.
@@ -140,25 +142,26 @@ __global__ void __launch_bounds__(Warps* kWarp)
 #pragma unroll
     for (int i = 0; i < kQuadsPerThread; ++i) {
       const int in_page = (i * kThreads + threadIdx.x) * kQuad & (page_size - 1);
-      at[i] = page[i] < 0 ? kNever : page[i] * page_size + in_page;
+      at[i] = is_index(page[i], end_page) ? page[i] * page_size + in_page : kNever;
       const int logical = static_cast<unsigned>(at[i]) / p.table.block_size;
       in_block[i] = at[i] - logical * p.table.block_size;
-      block[i] = at[i] <= position ? p.table.blocks[b * p.table.stride_seq + logical] : 0;
+      block[i] = at[i] < end_token ? p.table.blocks[b * p.table.stride_seq + logical] : 0;
     }
     load_pages(round + kRoundTokens);
 #pragma unroll
     for (int i = 0; i < kQuadsPerThread; ++i) {
       const int quad = i * kThreads + threadIdx.x;
+      if (!is_index(block[i], p.table.num_blocks)) at[i] = kNever, block[i] = 0;
 #pragma unroll
       for (int values = 0; values < 2; ++values) {
         const PagedView& cache = values ? p.v_cache : p.k_cache;
         shared.from[values][quad] = static_cast<const T*>(cache.data) + block[i] * cache.stride_block +
                                     head * cache.stride_head + in_block[i] * cache.stride_token;
       }
-      shared.seen[quad] = at[i] - first_token;
+      shared.seen[quad] = at[i] - tokens.first;
     }
     __syncthreads();
-    const int num_sixteens = position < 0 ? 0 : (min(kRoundTokens, num_tokens - round) + kTokens - 1) / kTokens;
+    const int num_sixteens = end_token == 0 ? 0 : (min(kRoundTokens, num_tokens - round) + kTokens - 1) / kTokens;
     const int num_units = (num_sixteens - warp + Warps - 1) / Warps * 2;
     const auto first_quad = [&](int unit) { return (warp + unit / 2 * Warps) * (kTokens / kQuad); };
 

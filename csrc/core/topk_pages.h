@@ -31,6 +31,37 @@ struct TopkPagesParams {
   int32_t* pages;               // [B, T, H, k] contiguous
 };
 
+// What a row takes of its candidates [first, end): sinks [first, first + sinks), recents [end - recents, end), and the
+// rest of k from between them.
+struct RowPlan {
+  int first;
+  int end;
+  int k;  // pages this row may take
+  int sinks;
+  int recents;
+};
+
+UA_HD RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
+  const PageRange visible =
+      visible_pages(p.table.seq_lens[b], p.num_query_tokens, t, t + 1, p.window, p.table.page_size, p.num_pages);
+  RowPlan row;
+  row.first = visible.first;
+  row.end = visible.end;
+  row.k = p.budget_pages != nullptr ? max_of(min_of(p.k, p.budget_pages[b]), 0) : p.k;
+  row.recents = min_of(min_of(p.recent_pages, row.k), row.end - row.first);
+  row.sinks = max_of(min_of(min_of(p.sink_pages, row.end - row.recents) - row.first, row.k - row.recents), 0);
+  return row;
+}
+
+// What the output calls a page: itself, or its place among all physical pages, -1 where the table names no block. A row
+// of the table holds as many pages as one of the scores.
+UA_HD int output_page(const TopkPagesParams& p, int b, int page) {
+  if (!p.physical) return page;
+  const int pages_per_block = p.table.block_size / p.table.page_size;
+  const int block = p.table.blocks[b * p.table.stride_seq + page / pages_per_block];
+  return is_index(block, p.table.num_blocks) ? block * pages_per_block + page % pages_per_block : -1;
+}
+
 void topk_pages_cpu(const TopkPagesParams& params, const CpuExecutor& exec);
 
 // fp32, bf16 and fp16. Launches on `stream` and does not wait.

@@ -7,28 +7,6 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-// What a row takes: sinks [first, first + sinks), recents [end - recents, end), and `wanted` of what lies between.
-struct RowPlan {
-  int first;
-  int end;
-  int sinks;
-  int recents;
-  int wanted;
-};
-
-UA_INLINE RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
-  const int position = query_position(p.table.seq_lens[b], p.num_query_tokens, t);
-  const PageRange visible = visible_pages(position, p.window, p.table.page_size);
-  RowPlan row;
-  row.end = min_of(visible.end, p.num_pages);
-  row.first = min_of(visible.first, row.end);
-  const int budget = p.budget_pages != nullptr ? max_of(min_of(p.k, p.budget_pages[b]), 0) : p.k;
-  row.recents = min_of(min_of(p.recent_pages, budget), row.end - row.first);
-  row.sinks = max_of(min_of(min_of(p.sink_pages, row.end - row.recents) - row.first, budget - row.recents), 0);
-  row.wanted = min_of(budget - row.recents - row.sinks, row.end - row.first - row.recents - row.sinks);
-  return row;
-}
-
 // emit(i) for the `wanted` keys that the threshold takes, in ascending order.
 template <typename Key, typename Emit>
 UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, int wanted, const Emit& emit) {
@@ -48,7 +26,6 @@ UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, int
 template <typename Score>
 void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
   const int64_t rows = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads;
-  const int pages_per_block = p.table.block_size / p.table.page_size;
   using Key = typename ScoreBits<Score>::Key;
   parallel_for(exec, rows, grain_for(int64_t{8} * p.num_pages), [&](int64_t begin, int64_t end) {
     Scratch scratch(Scratch::padded<Key>(p.num_pages) + Scratch::padded<Key>(p.num_pages / 4));
@@ -58,22 +35,20 @@ void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
       const int64_t token = i / p.num_kv_heads;
       const int b = static_cast<int>(token / p.num_query_tokens);
       const RowPlan row = plan_row(p, b, static_cast<int>(token % p.num_query_tokens));
-      const int32_t* blocks = p.table.blocks + b * p.table.stride_seq;
       int32_t* out = p.pages + i * p.k;
       int32_t* const out_end = out + p.k;
-      const auto emit = [&](int page) {
-        *out++ = p.physical ? blocks[page / pages_per_block] * pages_per_block + page % pages_per_block : page;
-      };
+      const auto emit = [&](int page) { *out++ = output_page(p, b, page); };
       const int low = row.first + row.sinks;
       const int high = row.end - row.recents;
+      const int wanted = min_of(row.k - row.recents - row.sinks, high - low);  // of what lies between them
       for (int page = row.first; page < low; ++page) emit(page);
-      if (row.wanted == high - low) {
+      if (wanted == high - low) {
         for (int page = low; page < high; ++page) emit(page);
-      } else if (row.wanted > 0) {
+      } else if (wanted > 0) {
         const Score* scores = static_cast<const Score*>(p.scores) + i * p.num_pages;
         order_keys(scores + low, high - low, keys);
-        const Threshold<Key> threshold = find_threshold(keys, high - low, row.wanted, spare);
-        collect(keys, high - low, threshold, row.wanted, [&](int i) { emit(low + i); });
+        const Threshold<Key> threshold = find_threshold(keys, high - low, wanted, spare);
+        collect(keys, high - low, threshold, wanted, [&](int i) { emit(low + i); });
       }
       for (int page = high; page < row.end; ++page) emit(page);
       while (out < out_end) *out++ = -1;

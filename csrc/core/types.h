@@ -58,8 +58,9 @@ struct IndexView {
   IndexFormat format;
 };
 
-// Where the tokens of each sequence are. Entries of `blocks` past a sequence's last token are
-// never read, so they may hold anything.
+// Where the tokens of each sequence are. Entries of `blocks` past a sequence's last token or before its window are
+// never read, so they may hold anything. Of the others the CPU's ops check that they exist. On CUDA nothing is read back
+// for that: there, what no block holds is neither read nor written, by the functions below.
 struct PageTable {
   const int32_t* blocks;    // [B, max_blocks] physical block of each logical block
   const int32_t* seq_lens;  // [B] tokens in the cache, the query tokens included
@@ -67,28 +68,78 @@ struct PageTable {
   int max_blocks;
   int block_size;  // tokens per block, a multiple of page_size
   int page_size;   // tokens per page
+  int num_blocks;  // physical blocks there are: numbers from 0 to this
 };
+
+UA_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
+UA_HD constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+// ---- The table: the only place where it is looked up. ----
+
+// What a row of it can hold; the ops see to it that this is a number.
+UA_HD int table_tokens(const PageTable& table) { return table.max_blocks * table.block_size; }
+UA_HD int table_pages(const PageTable& table) { return table.max_blocks * (table.block_size / table.page_size); }
+
+// Whether it is one of 0 .. count - 1.
+UA_HD bool is_index(int number, int count) { return static_cast<unsigned>(number) < static_cast<unsigned>(count); }
+
+// The physical block of a sequence's logical one; -1 if the row does not reach so far or names no block.
+UA_HD int physical_block(const PageTable& table, int64_t b, int logical) {
+  if (!is_index(logical, table.max_blocks)) return -1;
+  const int block = table.blocks[b * table.stride_seq + logical];
+  return is_index(block, table.num_blocks) ? block : -1;
+}
+
+// First element of token `offset` of a block.
+template <typename T>
+UA_HD T* token_row(const PagedView& cache, int64_t block, int64_t head, int64_t offset) {
+  return static_cast<T*>(cache.data) + block * cache.stride_block + head * cache.stride_head +
+         offset * cache.stride_token;
+}
 
 // ---- Positions: the only place where causal limits and windows are computed. ----
 
 // Position of query token t of T: the last T tokens of the sequence are the queries. Negative when
-// the sequence is shorter than T; such a query sees nothing.
-UA_HD int query_position(int seq_len, int num_query_tokens, int t) { return seq_len - num_query_tokens + t; }
+// the sequence is shorter than T; such a query sees nothing. A negative length counts as 0.
+UA_HD int query_position(int seq_len, int num_query_tokens, int t) { return max_of(seq_len, 0) - num_query_tokens + t; }
 
 // First position a query at `position` may see; window 0 means no window.
 UA_HD int first_visible_token(int position, int window) {
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
-// Visible pages of a query are [first, end).
+// Pages [first, end); nothing in them if first == end.
 struct PageRange {
   int first;
   int end;
 };
 
+struct TokenRange {
+  int first;
+  int end;
+};
+
+// Pages that a query sees.
 UA_HD PageRange visible_pages(int position, int window, int page_size) {
   if (position < 0) return {0, 0};
   return {first_visible_token(position, window) / page_size, position / page_size + 1};
+}
+
+// Pages that any query token from t to t_end - 1 sees, of the first `num_pages`: later tokens see later pages.
+UA_HD PageRange visible_pages(int seq_len, int num_query_tokens, int t, int t_end, int window, int page_size,
+                              int num_pages) {
+  const int last = query_position(seq_len, num_query_tokens, t_end - 1);
+  if (last < 0) return {0, 0};
+  const int first = first_visible_token(max_of(query_position(seq_len, num_query_tokens, t), 0), window);
+  const int end = min_of(last / page_size + 1, num_pages);
+  return {min_of(first / page_size, end), end};
+}
+
+// Tokens that a query sees, as far as the table's row reaches.
+UA_HD TokenRange visible_tokens(const PageTable& table, int position, int window) {
+  if (position < 0) return {0, 0};
+  const int end = min_of(position + 1, table_tokens(table));
+  return {min_of(first_visible_token(position, window), end), end};
 }
 
 }  // namespace unique_attn

@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -20,6 +20,7 @@ AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Ten
   p.num_kv_heads = static_cast<int>(k.size(2));
   p.head_dim = static_cast<int>(k.size(3));
   p.block_size = static_cast<int>(k_cache.size(2));
+  p.num_blocks = static_cast<int>(k_cache.size(0));
   p.slots = slots;
   p.table = table;
   return call;
@@ -37,7 +38,7 @@ void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   args.tensor("slot_mapping", slot_mapping, ScalarType::Long, 1);
   args.size("slot_mapping", slot_mapping, 0, k.size(0), "tokens of k");
   args.contiguous("slot_mapping", slot_mapping);
-  if (debug_checks()) check_slots(kOp, slot_mapping, k_cache.size(0) * k_cache.size(2));
+  if (checks_values(args)) check_slots(kOp, slot_mapping, k_cache.size(0) * k_cache.size(2));
   // One token per "sequence": the slots say where each goes.
   const AppendKvCall call =
       prepare_append_kv(args, torch::stable::unsqueeze(k, 1), torch::stable::unsqueeze(v, 1), k_cache, v_cache,

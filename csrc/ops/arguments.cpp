@@ -1,5 +1,7 @@
 #include "arguments.h"
 
+#include <algorithm>
+
 #include "index_format.h"
 
 namespace unique_attn {
@@ -221,8 +223,8 @@ void Arguments::seq_lens(const Tensor& seq_lens, int64_t batch) const {
   contiguous("seq_lens", seq_lens);
 }
 
-PageTable Arguments::table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t block_size,
-                           int64_t page_size) const {
+PageTable Arguments::table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t num_blocks,
+                           int64_t block_size, int64_t page_size) const {
   this->page_size(page_size);
   this->seq_lens(seq_lens, batch);
   tensor("block_table", block_table, ScalarType::Int, 2);
@@ -233,16 +235,18 @@ PageTable Arguments::table(const Tensor& block_table, const Tensor& seq_lens, in
   if (block_size < page_size || block_size % page_size != 0) {
     fail(op_, "page_size", "expected a divisor of the block size ", block_size, ", got ", page_size);
   }
-  if (block_table.size(1) * block_size > INT32_MAX) {
-    fail(op_, "block_table", "expected at most 2^31 - 1 tokens per sequence, got ", block_table.size(1), " blocks of ",
-         block_size);
+  // A page more must be a number too.
+  if (block_table.size(1) > 0 && block_size > (INT32_MAX - kMaxPageSize) / block_table.size(1)) {
+    fail(op_, "block_table", "expected at most ", INT32_MAX - kMaxPageSize, " tokens per sequence, got ",
+         block_table.size(1), " blocks of ", block_size);
   }
   return {static_cast<const int32_t*>(block_table.data_ptr()),
           static_cast<const int32_t*>(seq_lens.data_ptr()),
           block_table.stride(0),
           static_cast<int>(block_table.size(1)),
           static_cast<int>(block_size),
-          static_cast<int>(page_size)};
+          static_cast<int>(page_size),
+          static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX))};
 }
 
 ScalarType score_type(ScalarType dtype) {

@@ -62,9 +62,9 @@ class Arguments {
   IndexView index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,
                   int64_t head_dim) const;
   Rule rule(int64_t rule) const;
-  // block_table int32 [B, max_blocks] and seq_lens int32 [B].
-  PageTable table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t block_size,
-                  int64_t page_size) const;
+  // block_table int32 [B, max_blocks] and seq_lens int32 [B], over a cache of `num_blocks` blocks.
+  PageTable table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t num_blocks,
+                  int64_t block_size, int64_t page_size) const;
   void seq_lens(const Tensor& seq_lens, int64_t batch) const;
 
   const char* op() const { return op_; }
@@ -85,16 +85,5 @@ ScalarType score_type(ScalarType dtype);
 
 // PyTorch's own intra-op thread pool.
 CpuExecutor torch_executor();
-
-// ---- UNIQUE_ATTN_CHECK=1: values that live on the device, read back and checked (slow; not in a CUDA graph). ----
-
-bool debug_checks();
-void check_seq_lens(const char* op, const Tensor& seq_lens, int64_t max_tokens);
-void check_block_table(const char* op, const Tensor& block_table, const Tensor& seq_lens, int64_t block_size,
-                       int64_t num_blocks);
-void check_slots(const char* op, const Tensor& slots, int64_t num_slots);
-void check_pages(const char* op, const Tensor& pages, int64_t num_pages);
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen);
-void check_start_lens(const char* op, const Tensor& start_lens, const Tensor& seq_lens, int64_t max_new_tokens);
 
 }  // namespace unique_attn

@@ -1,7 +1,20 @@
-#include "runner.h"
 #include "training.h"
+#include "value_checks.h"
 
 namespace unique_attn {
+namespace {
+
+Tensor without_repeats(const Arguments& args, const Tensor& tensor) {
+  bool repeats = false;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) repeats |= tensor.size(dim) > 1 && tensor.stride(dim) == 0;
+  return args.is_cuda() && repeats ? torch::stable::contiguous(tensor) : tensor;
+}
+
+}  // namespace
+
+TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, Tensor& keep) {
+  return args.tokens(name, torch::stable::unsqueeze(without_repeats(args, tensor), 0), keep);
+}
 
 PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens, int64_t total_tokens,
                                  int64_t max_seqlen, int64_t page_size) {
@@ -12,14 +25,13 @@ PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens
   args.range("max_seqlen", max_seqlen, 0, INT32_MAX / 2);
   args.page_size(page_size);
   const int64_t batch = cu_seqlens.size(0) - 1;
-  // On the host the values are at hand: a wrong one never becomes an access out of bounds.
-  if (!args.is_cuda() || debug_checks()) check_cu_seqlens(args.op(), cu_seqlens, total_tokens, max_seqlen);
+  if (checks_values(args)) check_cu_seqlens(args.op(), cu_seqlens, total_tokens, max_seqlen);
   return {static_cast<const int32_t*>(cu_seqlens.data_ptr()), static_cast<int>(batch), static_cast<int>(total_tokens),
           static_cast<int>(std::min(max_seqlen, total_tokens)), static_cast<int>(page_size)};
 }
 
 IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, const PackedSequences& seqs,
-                       int64_t num_kv_heads, int64_t head_dim) {
+                       int64_t num_kv_heads, int64_t head_dim, Tensor& keep) {
   if (rule == Rule::kMinMax) fail(args.op(), "rule", "expected mean, unique or directional for training, got minmax");
   args.tensor("index", index, ScalarType::Byte, 4);
   const int64_t slots = num_page_slots(seqs.total_tokens, seqs.batch, seqs.page_size);
@@ -27,7 +39,8 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
     fail(args.op(), "index", "expected at least ", slots, " page slots in dimension 0, got ", index.size(0));
   }
   // Gradients reach the keys through exact entries only.
-  return args.index(index, static_cast<int64_t>(IndexFormat::kExact), rule, -1, num_kv_heads, head_dim);
+  keep = without_repeats(args, index);
+  return args.index(keep, static_cast<int64_t>(IndexFormat::kExact), rule, -1, num_kv_heads, head_dim);
 }
 
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
@@ -42,11 +55,11 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   p.rule = args.rule(rule);
   p.spread = spread;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
-  Tensor keep;
-  const TokenView view = args.tokens("q", torch::stable::unsqueeze(q, 0), keep);
+  Tensor keep, keep_index;
+  const TokenView view = packed_tokens(args, "q", q, keep);
   args.tensor("index", index, ScalarType::Byte, 4);
   args.groups(q.size(1), index.size(1));
-  p.index = packed_index(args, index, p.rule, p.seqs, index.size(1), q.size(2));
+  p.index = packed_index(args, index, p.rule, p.seqs, index.size(1), q.size(2), keep_index);
   args.range("k", k, 1, INT32_MAX);
   args.range("sink_pages", sink_pages, 0, k);
   args.range("recent_pages", recent_pages, 1, k);  // a query always sees its own page

@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -13,17 +13,13 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
   p.k_cache = args.cache("k_cache", k_cache);
   p.index = args.index(index, index_format, p.rule, k_cache.size(0), k_cache.size(1), k_cache.size(3));
   const int64_t batch = seq_lens.dim() == 1 ? seq_lens.size(0) : 0;
-  p.table = args.table(block_table, seq_lens, batch, k_cache.size(2), page_size);
+  p.table = args.table(block_table, seq_lens, batch, k_cache.size(0), k_cache.size(2), page_size);
   args.size("index", index, 2, k_cache.size(2) / page_size, "pages of a block");
   args.range("max_new_tokens", max_new_tokens, 0, INT32_MAX);
   if (start_lens.has_value()) {
     args.tensor("start_lens", *start_lens, ScalarType::Int, 1);
     args.size("start_lens", *start_lens, 0, batch, "sequences");
     args.contiguous("start_lens", *start_lens);
-  }
-  if (debug_checks()) {
-    check_block_table(args.op(), block_table, seq_lens, k_cache.size(2), k_cache.size(0));
-    if (start_lens.has_value()) check_start_lens(args.op(), *start_lens, seq_lens, max_new_tokens);
   }
   p.batch = static_cast<int>(batch);
   p.num_kv_heads = static_cast<int>(k_cache.size(1));
@@ -39,6 +35,7 @@ void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_l
   const Arguments args(kOp, "k_cache", k_cache);
   const PageIndexCall call = prepare_page_index(args, k_cache, index, block_table, start_lens, seq_lens, max_new_tokens,
                                                 page_size, rule, index_format);
+  if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params, start_lens);
   Runner(kOp, k_cache).run(call.params, page_index_cpu, UA_CUDA(page_index_cuda));
 }
 

@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -17,8 +17,7 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   args.groups(q.size(2), index.size(1));
   p.index = args.index(index, index_format, p.rule, -1, index.size(1), q.size(3));
   args.page_size(page_size);
-  p.table = args.table(block_table, seq_lens, q.size(0), index.size(2) * page_size, page_size);
-  if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, index.size(2) * page_size, index.size(0));
+  p.table = args.table(block_table, seq_lens, q.size(0), index.size(0), index.size(2) * page_size, page_size);
   p.batch = static_cast<int>(q.size(0));
   p.num_query_tokens = static_cast<int>(q.size(1));
   p.num_q_heads = static_cast<int>(q.size(2));
@@ -40,6 +39,7 @@ Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, 
   const Arguments args(kOp, "q", q);
   const PageScoresCall call =
       prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
+  if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params);
   Runner(kOp, q).run(call.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
   return call.scores;
 }

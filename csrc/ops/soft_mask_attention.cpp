@@ -1,40 +1,13 @@
-#include "runner.h"
 #include "training.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 namespace {
 
-Tensor on_host(const Tensor& tensor) {
-  return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
-// UNIQUE_ATTN_CHECK=1: the temperature is a positive number.
-void check_tau(const char* op, const Tensor& tau) {
-  const Tensor host = on_host(tau);
-  const float value = *static_cast<const float*>(host.data_ptr());
-  if (!(value > 0.f)) fail(op, "tau", "expected a positive number, got ", value);
-}
-
-// UNIQUE_ATTN_CHECK=1: every row of `pages` has ascending pages of its sequence, then -1.
-void check_selection(const char* op, const Tensor& pages, int64_t num_pages) {
-  const Tensor host = on_host(pages);
-  const auto* values = static_cast<const int32_t*>(host.data_ptr());
-  const int64_t width = pages.size(2);
-  for (int64_t i = 0; i < host.numel(); ++i) {
-    const bool first = i % width == 0;
-    const bool padding = values[i] == -1;
-    const bool ascends = first || (values[i - 1] >= 0 && values[i - 1] < values[i]);
-    if (!padding && !(values[i] >= 0 && values[i] < num_pages && ascends)) {
-      fail(op, "pages", "expected ascending pages below ", num_pages, ", then -1, got ", values[i],
-           first ? "" : " after " + std::to_string(values[i - 1]), " at flat position ", i);
-    }
-  }
-}
-
 // The forward pass's Params, which the backward pass needs too, and the tensors whose memory they point into.
 struct SoftMaskCall {
   SoftMaskForwardParams params{};
-  Tensor q, k, v;
+  Tensor q, k, v, index;
 };
 
 // Memory that the call works in on CUDA, entered in `params`.
@@ -65,9 +38,9 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   p.spread = spread;
   p.scale = scale;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
-  const TokenView q_view = args.tokens("q", torch::stable::unsqueeze(q, 0), call.q);
-  const TokenView k_view = args.tokens("k", torch::stable::unsqueeze(k, 0), call.k);
-  const TokenView v_view = args.tokens("v", torch::stable::unsqueeze(v, 0), call.v);
+  const TokenView q_view = packed_tokens(args, "q", q, call.q);
+  const TokenView k_view = packed_tokens(args, "k", k, call.k);
+  const TokenView v_view = packed_tokens(args, "v", v, call.v);
   args.size("k", k, 0, q.size(0), "tokens of q");
   args.size("k", k, 2, q.size(2), "head dimension of q");
   for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
@@ -84,14 +57,14 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   // A query always sees its own page.
   args.range("recent_pages", recent_pages, p.mode == MaskMode::kDense ? 0 : 1, INT32_MAX);
   if (p.mode == MaskMode::kSoft) {
-    p.index = packed_index(args, *index, p.rule, p.seqs, k.size(1), q.size(2));
+    p.index = packed_index(args, *index, p.rule, p.seqs, k.size(1), q.size(2), call.index);
     const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     args.tensor("theta", *theta, type, 2);
     args.size("theta", *theta, 0, q.size(0), "tokens of q");
     args.size("theta", *theta, 1, k.size(1), "KV heads");
     args.contiguous("theta", *theta);
     args.tensor("tau", *tau, ScalarType::Float, 0);
-    if (debug_checks()) check_tau(args.op(), *tau);
+    if (checks_values(args)) check_tau(args.op(), *tau);
     p.theta = theta->data_ptr();
     p.tau = static_cast<const float*>(tau->data_ptr());
   } else if (p.mode == MaskMode::kHard) {
@@ -99,7 +72,7 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
     args.size("pages", *pages, 0, q.size(0), "tokens of q");
     args.size("pages", *pages, 1, k.size(1), "KV heads");
     args.contiguous("pages", *pages);
-    if (debug_checks()) check_selection(args.op(), *pages, (p.seqs.max_seqlen + page_size - 1) / page_size);
+    if (checks_values(args)) check_selection(args.op(), *pages, (p.seqs.max_seqlen + page_size - 1) / page_size);
     p.pages = static_cast<const int32_t*>(pages->data_ptr());
     p.num_pages = static_cast<int>(pages->size(2));
   }

@@ -1,5 +1,5 @@
-#include "ops.h"
 #include "split_plan.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -17,14 +17,13 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   for (int64_t dim = 0; dim < 4; ++dim) args.size("v_cache", v_cache, dim, k_cache.size(dim), "as in k_cache");
   args.size("k_cache", k_cache, 3, q.size(3), "head dimension of q");
   args.groups(q.size(2), k_cache.size(1));
-  p.table = args.table(block_table, seq_lens, q.size(0), k_cache.size(2), page_size);
+  p.table = args.table(block_table, seq_lens, q.size(0), k_cache.size(0), k_cache.size(2), page_size);
   args.tensor("pages", pages, ScalarType::Int, 4);
   args.size("pages", pages, 0, q.size(0), "sequences");
   args.size("pages", pages, 1, q.size(1), "query tokens");
   args.size("pages", pages, 2, k_cache.size(1), "KV heads");
   args.range("pages.shape[3] (pages per row)", pages.size(3), 1, kMaxSelectedPages);
   args.contiguous("pages", pages);
-  if (debug_checks()) check_block_table(args.op(), block_table, seq_lens, k_cache.size(2), k_cache.size(0));
   p.batch = static_cast<int>(q.size(0));
   p.num_query_tokens = static_cast<int>(q.size(1));
   p.num_q_heads = static_cast<int>(q.size(2));
@@ -64,7 +63,7 @@ std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cach
   const Arguments args(kOp, "q", q);
   const SparseDecodeCall call =
       prepare_sparse_decode(args, q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window);
-  if (debug_checks()) check_pages(kOp, pages, block_table.size(1) * (k_cache.size(2) / page_size));
+  if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params, pages);
   Runner(kOp, q).run(call.params, sparse_decode_cpu, UA_CUDA(sparse_decode_cuda));
   return {call.out, call.lse};
 }

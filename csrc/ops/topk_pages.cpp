@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -31,7 +31,9 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
   }
   if (block_table.has_value()) {
     args.range("pages_per_block", pages_per_block, 1, INT32_MAX / page_size);
-    p.table = args.table(*block_table, seq_lens, batch, pages_per_block * page_size, page_size);
+    // How many blocks there are is not known here; their pages have numbers.
+    p.table =
+        args.table(*block_table, seq_lens, batch, INT32_MAX / pages_per_block, pages_per_block * page_size, page_size);
     if (block_table->size(1) * pages_per_block < scores.size(3)) {
       fail(args.op(), "block_table", "expected at least as many pages as scores has (", scores.size(3), "), got ",
            block_table->size(1), " blocks of ", pages_per_block);
@@ -43,9 +45,9 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
                         0,
                         0,
                         static_cast<int>(page_size),
-                        static_cast<int>(page_size)};
+                        static_cast<int>(page_size),
+                        0};
   }
-  if (debug_checks()) check_seq_lens(args.op(), seq_lens, scores.size(3) * page_size);
   p.dtype = args.dtype();
   p.batch = static_cast<int>(batch);
   p.num_query_tokens = static_cast<int>(scores.size(1));
@@ -70,6 +72,7 @@ Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, 
   const Arguments args(kOp, "scores", scores);
   const TopkPagesCall call = prepare_topk_pages(args, scores, seq_lens, "k", k, page_size, sink_pages, recent_pages,
                                                 window, budget_pages, block_table, pages_per_block);
+  if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params);
   Runner(kOp, scores).run(call.params, topk_pages_cpu, UA_CUDA(topk_pages_cuda));
   return call.pages;
 }

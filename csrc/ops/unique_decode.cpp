@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "value_checks.h"
 
 namespace unique_attn {
 
@@ -31,6 +31,11 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
     append = prepare_append_kv(args, *k, *v, k_cache, v_cache, nullptr, scoring.params.table);
     args.size("k", *k, 0, q.size(0), "sequences");
     args.size("k", *k, 1, q.size(1), "query tokens");
+  }
+  if (checks_values(args)) {  // the two look up all blocks that are
+    const TableOnHost host(scoring.params.table, block_table, seq_lens);
+    check_values(kOp, host, indexing.params, std::nullopt);
+    check_values(kOp, host, scoring.params);
   }
 
   const Runner runner(kOp, q);

@@ -26,7 +26,8 @@ def append_kv(
             be distinct: which of two tokens with one slot stays is not defined.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
+            UNIQUE_ATTN_CHECK=1) also a slot past the cache. Nothing is written then.
         NotDifferentiableError: an input requires grad while grad mode is on.
     """
     reject_grad("append_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)

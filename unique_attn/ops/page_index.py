@@ -41,7 +41,8 @@ def page_index(
         index_format: ``exact`` or ``compressed``, what the index was made with.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
+            UNIQUE_ATTN_CHECK=1) also a length, a start or a block that is out of range.
         NotDifferentiableError: ``k_cache`` requires grad while grad mode is on.
     """
     info = rule_info(rule)

@@ -42,7 +42,8 @@ def page_scores(
         fp64 for fp64. Accumulated in fp32 (fp64). Pages a query does not see hold -inf.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
+            UNIQUE_ATTN_CHECK=1) also a length or a block that is out of range.
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)

@@ -39,7 +39,8 @@ def sparse_decode(
         of the sum of exponentials, by which partial results can be merged. A query that sees no token gets 0 and -inf.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument.
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
+            UNIQUE_ATTN_CHECK=1) also a length, a page or a block that is out of range.
     """
     scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
     return torch.ops.unique_attn.sparse_decode(

@@ -43,7 +43,8 @@ def topk_pages(
         int32 ``[B, T, H, k]``, ascending logical pages, then -1.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype or device, or a k that does not fit, naming the argument.
+        ValueError: a wrong rank, shape, dtype or device, or a k that does not fit, naming the argument; on the CPU (on
+            CUDA with UNIQUE_ATTN_CHECK=1) also a length or a block that is out of range.
     """
     return torch.ops.unique_attn.topk_pages(
         scores,

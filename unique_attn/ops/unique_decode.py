@@ -52,7 +52,8 @@ def unique_decode(
         ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected logical ``pages`` ``[B, T, H, num_pages]``.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; nothing is written then.
+        ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
+            UNIQUE_ATTN_CHECK=1) also a length or a block that is out of range. Nothing is written then.
         NotDifferentiableError: an input requires grad while grad mode is on.
     """
     info = rule_info(rule)

@@ -1,0 +1,42 @@
+// Checks of values that live on the tensors' device. On the CPU they are always made: they cost a few integers. On CUDA
+// the values would have to be read back, so they are made with UNIQUE_ATTN_CHECK=1 alone (slow; not in a CUDA graph).
+// Padding is legal: -1 in slots and pages, anything in the table past a sequence's end or before its window.
+#pragma once
+
+#include "ops.h"
+
+namespace unique_attn {
+
+bool debug_mode();
+bool checks_values(const Arguments& args);
+
+// The tensor itself if it is contiguous and on the CPU, else a copy that is.
+Tensor on_host(const Tensor& tensor);
+
+// A table with pointers that the host can follow.
+class TableOnHost {
+ public:
+  TableOnHost(const PageTable& device_table, const std::optional<Tensor>& block_table, const Tensor& seq_lens);
+  PageTable table;
+
+ private:
+  Tensor blocks_, lens_;
+};
+
+// Lengths, the blocks that the op looks up, and what else it goes by.
+void check_values(const char* op, const TableOnHost& host, PageIndexParams params,
+                  const std::optional<Tensor>& start_lens);
+void check_values(const char* op, const TableOnHost& host, PageScoresParams params);
+void check_values(const char* op, const TableOnHost& host, const TopkPagesParams& params);
+void check_values(const char* op, const TableOnHost& host, const SparseDecodeParams& params, const Tensor& pages);
+void check_slots(const char* op, const Tensor& slots, int64_t num_slots);
+
+// ---- Training. ----
+
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen);
+// The temperature is a positive number.
+void check_tau(const char* op, const Tensor& tau);
+// Every row of `pages` has ascending pages of its sequence, then -1. A repeated one changes nothing; debug mode names it.
+void check_selection(const char* op, const Tensor& pages, int64_t num_pages);
+
+}  // namespace unique_attn
