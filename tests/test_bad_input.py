@@ -135,7 +135,13 @@ def all_bad() -> list[Bad]:
         bad += bad_tensor(op, "q", "", torch.int32, None)
         bad += [Bad(op, "q", lambda x: x[0, 0, 0, 0], ("dimensions",), note="a number")]
         bad += [
-            Bad(op, "q", lambda x: x.bfloat16(), named="q|index|k_cache", note="mixed dtypes"),
+            Bad(
+                op,
+                "q",
+                lambda x: x.bfloat16(),
+                named="index" if op == "page_scores" else "k_cache",
+                note="mixed dtypes",
+            ),
             Bad(op, "q", resize(2, 7), ("7", "query heads"), note="Hq no multiple of H"),
             Bad(op, "q", resize(2, 34), ("34", "16"), note="G is 17"),
             Bad(op, "q", lambda x: x[:, :, :1], ("1 query heads",), note="fewer heads than H"),

@@ -14,7 +14,9 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
     fail(kOp, k.has_value() ? "v" : "k", "expected k and v together or neither, got only ", k.has_value() ? "k" : "v");
   }
 
-  // All checks and allocations first, in the order the data flows.
+  // All checks and allocations first, in the order the data flows; dtypes before them, as an index entry's size follows.
+  args.floating("q", q, 4);
+  args.floating("k_cache", k_cache, 4);
   PageScoresCall scoring =
       prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
   scoring.params.fill_outside = false;  // topk_pages reads visible pages only
