@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 try:
     import transformers
     from transformers.cache_utils import (
@@ -83,8 +85,15 @@ def sdpa_mask(**kwargs: Any) -> Any:
 
 
 def eager_mask(**kwargs: Any) -> Any:
-    """The mask function that transformers registers for ``eager``: additive, and never left out for being causal."""
-    return _registered_mask("eager", kwargs)
+    """What the mask function for ``eager`` returns: additive, and never left out for being causal.
+
+    That of some versions copies a number from the host, which a CUDA graph cannot hold.
+    """
+    dtype = kwargs.get("dtype", torch.float32)
+    mask = _registered_mask("sdpa", {**kwargs, "allow_is_causal_skip": False})
+    if mask is None:  # nothing hidden, in both directions
+        return None
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _registered_mask(name: str, kwargs: dict[str, Any]) -> Any:
