@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from hf_helpers import ALWAYS_SPARSE, SHAPE, VOCAB, prompt, tiny
+from op_cases import needs_cuda
 
 import unique_attn as ua
 from unique_attn.hf.graphed import GraphedDecoder
+from unique_attn.hf.reasons import UnsupportedFeatureError
 
 IDS = prompt(2, 30)["input_ids"]
 
@@ -237,3 +239,14 @@ def test_a_model_on_several_devices_is_a_named_error() -> None:
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="expected all weights on one device, got cpu, meta"):
         GraphedDecoder(model, 2, 64)
+
+
+@needs_cuda
+def test_a_step_that_waits_for_the_device_is_a_named_error() -> None:
+    model = ua.enable(tiny().cuda(), ALWAYS_SPARSE)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: output * (output.sum().item() * 0 + 1))
+    with pytest.raises(UnsupportedFeatureError, match="LlamaForCausalLM waits for the device"):
+        GraphedDecoder(model, batch=2, max_length=64).generate(IDS.cuda(), 10)
+    handle.remove()
+    got = GraphedDecoder(model, batch=2, max_length=64).generate(IDS.cuda(), 10)
+    torch.testing.assert_close(got, model.generate(IDS.cuda(), max_new_tokens=10, do_sample=False, pad_token_id=0))

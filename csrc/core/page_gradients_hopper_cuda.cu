@@ -23,6 +23,7 @@ struct Shared {
   alignas(128) __nv_bfloat16 slopes[kStages][kRows * kPages];
   alignas(128) uint8_t best[kStages][kRows * kPages];
   uint64_t full[kStages], empty[kStages];
+  uint64_t zeroed;
 };
 
 #ifdef UA_HOPPER
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&shared.full[i], 1);
       barrier_init_warps(&shared.empty[i], kConsumers / 2);
     }
+    barrier_init_warps(&shared.zeroed, kWarpgroup / kWarp);
     barrier_init_fence();
   }
   for (int i = threadIdx.x; i < kStages * S::kTiles * (kRows - used_rows) * kSwizzleRow / 4; i += kThreads) {
@@ -157,11 +159,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     ring.advance();
     const int first_token = first + tile * a.tokens;
     const int num_tokens = min(a.tokens, stop - first_token);
-    if (num_tokens < a.tokens && has_next(a, start, stop)) {  // the last tile; one warpgroup has it
+    // The last tile, which one warpgroup has. Not by a barrier with a number: racecheck would count it for both.
+    if (num_tokens < a.tokens && has_next(a, start, stop)) {
       const int end = num_tokens * a.group;
       zero_rows<S::kTiles, kWarpgroup>(shared.q[stage][0], kNext, end, used_rows, thread);
       if (spreads) zero_rows<S::kTiles, kWarpgroup>(shared.q_squares[stage][0], kNext, end, used_rows, thread);
-      finish_zero_rows<kWarpgroup>(2 + warpgroup);
+      fence_async_proxy();
+      barrier_arrive_warp(&shared.zeroed);
+      barrier_wait(&shared.zeroed, 0);
     }
     if (a.group % 2 == 0) {
       build_operands<true>(a, shared, stage, mean_operand, spread_operand, my_page, first_page, first_token,

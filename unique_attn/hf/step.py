@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.compat import cache_argument
+from unique_attn.hf.reasons import UnsupportedFeatureError
 
 Sampler = Callable[[Tensor], Tensor]
 
@@ -97,6 +98,9 @@ class GraphedStep:
         """Capture the step in a CUDA graph; does nothing on another device or the second time.
 
         Runs it twice before. That counts nothing, and what it writes behind the last token the first step writes again.
+
+        Raises:
+            UnsupportedFeatureError: a graph cannot hold the step.
         """
         if self.device.type != "cuda" or self.captured:
             return
@@ -112,9 +116,11 @@ class GraphedStep:
                     restore(changed, before)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on to use the device meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
+            try:  # other threads may go on to use the device meanwhile
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._step()
+            except RuntimeError as error:
+                raise _cannot_capture(self.model, error) from error
             self._graph = graph
             restore(changed, before)
             if logits is not None:
@@ -127,6 +133,16 @@ class GraphedStep:
         self.keep(logits[:, -1])
         assert self.logits is not None
         self.tokens.copy_(self.sample(self.logits)[:, None])
+
+
+def _cannot_capture(model: nn.Module, error: BaseException) -> UnsupportedFeatureError:
+    while error.__context__ is not None:  # the end of a failed capture raises too
+        error = error.__context__
+    return UnsupportedFeatureError(
+        f"GraphedDecoder: model: expected a step that a CUDA graph can hold, but one of {type(model).__name__} waits "
+        f"for the device or copies from the host: {str(error).splitlines()[0]} For a mixture of experts try "
+        "model.set_experts_implementation('batched_mm')"
+    )
 
 
 def _autocast_without_cache() -> AbstractContextManager[Any]:
