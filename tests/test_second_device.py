@@ -21,12 +21,18 @@ def there(padding: list[int] | None = None, length: int = 40) -> dict[str, torch
 @pytest.fixture(autouse=True)
 def _the_first_stays_current() -> object:
     torch.cuda.set_device(0)
-    before = torch.cuda.memory_allocated(0)
     yield
     assert torch.cuda.current_device() == 0
-    assert torch.cuda.memory_allocated(0) - before < 1 << 20  # nothing of a test went there
 
 
+@pytest.fixture
+def first_unused() -> object:
+    before = torch.cuda.memory_allocated(0)
+    yield
+    assert torch.cuda.memory_allocated(0) - before < 1 << 20
+
+
+@pytest.mark.usefixtures("first_unused")
 @pytest.mark.parametrize("padding", [None, [0, 9]], ids=["even", "padded"])
 def test_generate(padding: list[int] | None) -> None:
     output = generate(ua.enable(tiny().to(DEVICE), ALWAYS_SPARSE), there(padding))
@@ -34,6 +40,7 @@ def test_generate(padding: list[int] | None) -> None:
     assert all(layers_on_pages(output.past_key_values))
 
 
+@pytest.mark.usefixtures("first_unused")
 @pytest.mark.parametrize("padding", [None, [9, 0]], ids=["even", "padded"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_graphed_decoder(family: str, padding: list[int] | None) -> None:
@@ -45,6 +52,7 @@ def test_graphed_decoder(family: str, padding: list[int] | None) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.usefixtures("first_unused")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training(dtype: torch.dtype) -> None:
     on_gpu, on_cpu = (ua.enable(tiny(), SMALL, train=SOFT).train() for _ in range(2))
