@@ -157,6 +157,7 @@ def all_bad() -> list[Bad]:
                 continue
             bad += bad_tensor(op, name, "", torch.int32, None)
             bad += [
+                Bad(op, name, value(None), ("expected a tensor, got None",)),
                 Bad(op, name, to(torch.float16), note="mixed dtypes", named="k_cache|v_cache|k|index"),
                 Bad(op, name, widen_channels, ("channel stride 1",), note="channel stride 2"),
                 Bad(op, name, odd_rows, ("stride",), note="rows not aligned"),
@@ -261,6 +262,17 @@ def test_a_meta_tensor_among_others_is_refused(op: str) -> None:
             getattr(ops, op)(**args)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["append_kv", "unique_decode"])
+def test_caches_that_share_memory_are_not_written(op: str, device: str) -> None:
+    args = arguments(op, device)
+    assert_refused(op, {**args, "v_cache": args["k_cache"]}, "v_cache", ("memory of its own", "k_cache"))
+    for name in ("k_cache", "v_cache"):
+        for dim in range(3):
+            shared = args[name].narrow(dim, 0, 1).expand_as(args[name])
+            assert_refused(op, {**args, name: shared}, name, ("memory of its own for every token", "strides"))
+
+
 @needs_cuda
 @pytest.mark.parametrize("op", OPS)
 def test_fp64_on_cuda_is_refused(op: str) -> None:
@@ -273,11 +285,15 @@ def test_fp64_on_cuda_is_refused(op: str) -> None:
 
 def test_new_index_and_entry_size() -> None:
     cache = torch.zeros(3, 2, 8, 16)
-    for wrong in ({"rule": "quest"}, {"page_size": 3}, {"page_size": 0}, {"page_size": 16}):
+    sizes = [{"page_size": x} for x in (3, 0, 16, 8.0, "8", True)]
+    for wrong in ({"rule": "quest"}, *sizes):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected .* got "):
             ops.new_index(cache, **{"rule": "mean", "page_size": 4, **wrong})
     with pytest.raises(ValueError, match=r"^k_cache: expected 4 dimensions .* got \[2, 8, 16\]"):
         ops.new_index(cache[0], rule="mean", page_size=4)
+    for bad, expected in ((cache.int(), "dtype"), (cache[..., :7], "a head dimension"), (cache[..., :0], "a head dim")):
+        with pytest.raises(ValueError, match=f"^k_cache: expected {expected}"):
+            ops.new_index(bad, rule="mean", page_size=4)
     with pytest.raises(ValueError, match=r"^rule: expected"):
         ops.index_entry_bytes("quest", 16, torch.float32)
     with pytest.raises(ValueError, match=r"^index_format: expected one of exact, compressed, got 'packed'"):

@@ -28,7 +28,7 @@ from unique_attn.ops import NotDifferentiableError
 
 OTHER_CACHE = (
     "unique_attn: LlamaAttention is dense: its keys are not those of a layer of a DynamicCache (latent, static, "
-    "quantized, offloaded and encoder-decoder caches have no pages)"
+    "quantized, offloaded and encoder-decoder caches have no pages, and a layer that is called by itself gets none)"
 )
 
 

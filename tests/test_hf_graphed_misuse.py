@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +252,134 @@ def test_a_step_that_waits_for_the_device_is_a_named_error() -> None:
     handle.remove()
     got = GraphedDecoder(model, batch=2, max_length=64).generate(IDS.cuda(), 10)
     torch.testing.assert_close(got, model.generate(IDS.cuda(), max_new_tokens=10, do_sample=False, pad_token_id=0))
+
+
+# ---- Steps that fail, threads, modes. ----
+
+
+def test_after_a_step_that_failed_a_prefill_is_needed() -> None:
+    model, decoder = made()
+    wanted = decoder.generate(IDS, 8)
+    decoder.prefill(IDS)
+    decoder.step()
+
+    def fail(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.step()
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"expected a prefill\(\) before it, as the last .* was interrupted"):
+        decoder.step()
+    torch.testing.assert_close(decoder.generate(IDS, 8), wanted, rtol=0, atol=0)
+
+
+def test_a_second_thread_is_a_named_error() -> None:
+    model, decoder = made()
+    wanted = decoder.generate(IDS, 30)
+    inside, go_on = threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    def pause(module: Any, args: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    handle = model.register_forward_pre_hook(pause)
+    thread = threading.Thread(target=lambda: results.append(decoder.generate(IDS, 30)))
+    thread.start()
+    assert inside.wait(60)
+    for use in (lambda: decoder.generate(IDS, 3), lambda: decoder.prefill(IDS), decoder.step):
+        with pytest.raises(RuntimeError, match="expected one thread at a time"):
+            use()
+    handle.remove()
+    go_on.set()
+    thread.join()
+    torch.testing.assert_close(results[0], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("made_in", [False, True])
+def test_inference_mode_may_come_and_go(made_in: bool) -> None:
+    with torch.inference_mode(made_in):
+        _, decoder = made()
+        first = decoder.generate(IDS, 8)
+    with torch.inference_mode(not made_in):
+        assert torch.equal(decoder.generate(IDS, 8), first)
+    assert torch.equal(decoder.generate(IDS, 8), first)
+
+
+# ---- generate()'s arguments that it does not pass on. ----
+
+
+class Collects(transformers.generation.streamers.BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.reshape(-1))
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_every_token() -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    streamers = [Collects(), Collects()]
+    for streamer, loop in zip(streamers, (ua.GraphedDecoder(model, batch=1, max_length=64), None)):
+        model.generate(
+            IDS[:1], streamer=streamer, custom_generate=loop, do_sample=False, max_new_tokens=10, pad_token_id=0
+        )
+    got, wanted = streamers
+    assert torch.equal(torch.cat(got.tokens), torch.cat(wanted.tokens))
+    assert got.ended
+    assert len(got.tokens) == 11
+
+
+def test_an_assistant_is_a_named_error() -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    decoder = ua.GraphedDecoder(model, batch=1, max_length=64)
+    with pytest.raises(ValueError, match="assistant_model: expected none with a GraphedDecoder, got LlamaForCausalLM"):
+        model.generate(IDS[:1], assistant_model=tiny(), custom_generate=decoder, max_new_tokens=10, pad_token_id=0)
+
+
+# ---- Its own arguments. ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": None}, TypeError, r"model: expected a model from unique_attn.enable\(\), got NoneType"),
+        ({"config": {"budget": 512}}, TypeError, "config: expected a UniqueConfig or None, got dict"),
+        ({"max_length": 128.5}, TypeError, "max_length: expected an int, got 128.5"),
+        ({"batch": 0}, ValueError, "batch: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    with pytest.raises(error, match=message):
+        ua.GraphedDecoder(**{"model": model, "batch": 2, "max_length": 64, **arguments})
+
+
+def test_a_model_without_weights_is_a_named_error() -> None:
+    with pytest.raises(ValueError, match="model: expected weights on a device, got meta tensors"):
+        ua.GraphedDecoder(ua.enable(tiny(), ALWAYS_SPARSE).to("meta"), 2, 64)
+
+
+def test_a_copy_is_a_named_error() -> None:
+    with pytest.raises(TypeError, match="GraphedDecoder: a copy would share"):
+        copy.deepcopy(made()[1])
+
+
+def test_check_every_and_kinds_of_eos() -> None:
+    _, decoder = made()
+    free = decoder.generate(IDS, 20)
+    eos = int(free[0, 35])
+    with pytest.raises(ValueError, match="check_every: expected at least 1, got 0"):
+        decoder.generate(IDS, 20, eos_token_id=eos, check_every=0)
+    wanted = decoder.generate(IDS, 20, eos_token_id=[eos, 3])
+    for ends in (torch.tensor([eos, 3]), (eos, 3), [torch.tensor(eos), 3]):
+        assert torch.equal(decoder.generate(IDS, 20, eos_token_id=ends), wanted)
+    one = decoder.generate(IDS, 20, eos_token_id=eos)
+    for end in (torch.tensor(eos), torch.tensor(eos).numpy()):
+        assert torch.equal(decoder.generate(IDS, 20, eos_token_id=end), one)

@@ -36,7 +36,10 @@ class OutOfStepError(RuntimeError):
     """The layers of a cache did not all go through the same operations, so their contents no longer agree."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. A forward pass was interrupted or a single layer was changed: reset() the cache.")
+        super().__init__(
+            f"{what}. A forward pass was interrupted (then reset() the cache), or some layers are skipped, cut or "
+            "changed alone (then list them in dense_layers)."
+        )
 
 
 class SharedPool(PagePool):

@@ -288,3 +288,4 @@ def main(argv: Sequence[str]) -> None:
         old = options.readme.read_text("utf-8")
         options.readme.write_text(rewrite(old, results), "utf-8")
         draw_all(results, options.readme.parent / FIGURES)
+        print(f"wrote {options.readme} and the pictures in {options.readme.parent / FIGURES}")

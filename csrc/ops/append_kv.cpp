@@ -10,6 +10,7 @@ AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Ten
   p.k_cache = args.cache("k_cache", k_cache);
   p.v_cache = args.cache("v_cache", v_cache);
   for (int64_t dim = 0; dim < 4; ++dim) args.size("v_cache", v_cache, dim, k_cache.size(dim), "as in k_cache");
+  args.apart(k_cache, v_cache);
   p.k = args.tokens("k", k, call.k);
   p.v = args.tokens("v", v, call.v);
   for (int64_t dim = 0; dim < 4; ++dim) args.size("v", v, dim, k.size(dim), "as in k");

@@ -42,6 +42,11 @@ bool rows_aligned(const Tensor& tensor) {
   return true;
 }
 
+const Tensor& given(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.defined()) fail(op, name, "expected a tensor, got None");
+  return tensor;
+}
+
 }  // namespace
 
 std::string shape_string(const Tensor& tensor) { return list_string(tensor.sizes()); }
@@ -73,7 +78,7 @@ const char* dtype_string(ScalarType dtype) {
 Arguments::Arguments(const char* op, const char* name, const Tensor& first)
     : op_(op),
       first_name_(name),
-      cuda_(first.is_cuda()),
+      cuda_(given(op, name, first).is_cuda()),
       device_index_(first.get_device_index()),
       scalar_type_(first.scalar_type()),
       dtype_(to_dtype(first.scalar_type())) {
@@ -93,6 +98,7 @@ Arguments::Arguments(const char* op, const char* name, const Tensor& first)
 }
 
 void Arguments::same_device(const char* name, const Tensor& tensor) const {
+  given(op_, name, tensor);
   if (tensor.is_cuda() != cuda_ || (!cuda_ && !tensor.is_cpu()) ||
       (cuda_ && tensor.get_device_index() != device_index_)) {
     fail(op_, name, "expected the device of ", first_name_, ", ", cuda_ ? "cuda:" : "cpu",
@@ -180,6 +186,21 @@ PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
          stride_string(tensor));
   }
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+void Arguments::apart(const Tensor& k_cache, const Tensor& v_cache) const {
+  const auto check = [&](const char* name, const Tensor& cache) {
+    for (int64_t dim = 0; dim < 3; ++dim) {
+      if (cache.size(dim) > 1 && cache.stride(dim) == 0) {
+        fail(op_, name, "expected memory of its own for every token, got strides ", stride_string(cache));
+      }
+    }
+  };
+  check("k_cache", k_cache);
+  check("v_cache", v_cache);
+  if (k_cache.numel() > 0 && k_cache.data_ptr() == v_cache.data_ptr()) {
+    fail(op_, "v_cache", "expected memory of its own, got that of k_cache");
+  }
 }
 
 IndexView Arguments::index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,

@@ -58,6 +58,8 @@ class Arguments {
   TokenView tokens(const char* name, const Tensor& tensor, Tensor& keep) const;
   // A cache [num_blocks, H, block_size, D].
   PagedView cache(const char* name, const Tensor& tensor) const;
+  // That caches which are written share no memory, neither with each other nor within.
+  void apart(const Tensor& k_cache, const Tensor& v_cache) const;
   // The page index of keys of the op's dtype; `num_blocks` -1 allows any number.
   IndexView index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,
                   int64_t head_dim) const;

@@ -14,6 +14,7 @@ from unique_attn.hf.compat import (
     eager_mask,
     family_of,
     is_plain_causal_step,
+    is_traced,
     sdpa_attention_forward,
     sdpa_mask,
     warn_once,
@@ -35,6 +36,7 @@ from unique_attn.ops._autocast import autocast_inputs
 __all__ = ["UnsupportedFeatureError", "unique_attention_forward", "unique_mask"]
 
 _LISTED = Refusal("listed in dense_layers", lasting=True, quiet=True)
+_BYSTANDER = Refusal("a model that shares its config was enabled, and its own was not", lasting=True)
 _CHANGED = Refusal("it changes the keys or values that it gets from its cache", lasting=True)
 
 
@@ -70,6 +72,8 @@ def unique_attention_forward(
     """
     unknown = unknown_reason(module, kwargs)
     hook = hook_of(module)
+    if hook is None and not is_traced():
+        hook = attach_late(module)
     given = handed_over(key, value)
     if given is None:
         changed = isinstance(key, CachedTensor) or isinstance(value, CachedTensor)
@@ -77,17 +81,19 @@ def unique_attention_forward(
         dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
         if hook is not None and hook.train is not None and module.training and query.shape[2] == key.shape[2]:
             return _training(hook, *dense, unknown)
-        if not torch.compiler.is_compiling():
-            hook = hook or attach_late(module)  # from the next call on
-            if changed:
-                _warn(module, _CHANGED)
-            else:
-                _warn_of_other_caches(module, query, key, value, kwargs)
+        if changed:
+            _warn(module, _CHANGED)
+        elif hook is not None and not is_traced():
+            _warn_of_other_caches(hook, module, query, key, value, kwargs)
         return dense_attention(*dense)
 
     layer, step = given
-    hook = hook or attach_late(module)
-    refusal = _refusal(module, layer, step, query, attention_mask, dropout, kwargs) or unknown
+    assert hook is not None
+    refusal = (
+        (_BYSTANDER if hook.bystander else None)
+        or _refusal(module, layer, step, query, attention_mask, dropout, kwargs)
+        or unknown
+    )
     if refusal is None:
         return _sparse(hook, module, layer, step, query, scaling, kwargs), None
     if not refusal.quiet:
@@ -120,7 +126,7 @@ def unique_mask(**kwargs: Any) -> Tensor | None:
             mask: Tensor | None = eager_mask(**kwargs)
             return mask
     padding = kwargs.get("attention_mask")
-    if padding is None or torch.compiler.is_compiling() or not is_plain_causal_step(kwargs):
+    if padding is None or is_traced() or not is_plain_causal_step(kwargs):
         return sdpa_mask(**kwargs)
     length = kwargs["kv_length"]
     padding = torch.nn.functional.pad(padding[:, :length], (0, max(0, length - padding.shape[1])))
@@ -225,7 +231,7 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the model computed before it was enabled, else ``sdpa``, or eager attention where sdpa cannot."""
     has_sdpa, hook = not family_of(module).eager_only, hook_of(module)
-    stock = None if hook is None else hook.stock
+    stock = None if hook is None or hook.before is None else hook.before.implementation
     wanted = [name for name in SINKS if kwargs.get(name) is not None]
     wanted += ["output_attentions"] * bool(kwargs.get("output_attentions"))
     if kwargs.get("softcap") is not None and stock != "sdpa":  # transformers 4 has it left out by sdpa
@@ -278,7 +284,9 @@ def _warn(module: nn.Module, refusal: Refusal) -> None:
     warn_once(f"{_name(module)} {stays}: {refusal.reason}", type(module), refusal.reason)
 
 
-def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+def _warn_of_other_caches(
+    hook: CacheHook, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> None:
     """Say once that a module which continues a sequence got its earlier keys from something without pages.
 
     Only a cache that was passed to the model is looked at: one that the model makes in a first forward is given pages
@@ -286,14 +294,15 @@ def _warn_of_other_caches(module: nn.Module, query: Tensor, key: Tensor, value: 
     """
     if query.shape[2] >= key.shape[2]:
         return
-    refusal = module_reason(module) or kind_reason(module, query, key, value, kwargs)
+    refusal = _BYSTANDER if hook.bystander else None
+    refusal = refusal or module_reason(module) or kind_reason(module, query, key, value, kwargs)
     if refusal is not None:
         if not refusal.quiet:
             _warn(module, refusal)
         return
     warn_once(
         f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "
-        "offloaded and encoder-decoder caches have no pages)",
+        "offloaded and encoder-decoder caches have no pages, and a layer that is called by itself gets none)",
         type(module),
         "cache",
     )

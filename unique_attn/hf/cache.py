@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache_state import CacheState
-from unique_attn.hf.compat import DynamicCache, DynamicLayer, cropped_length, warn_once
+from unique_attn.hf.compat import DynamicCache, DynamicLayer, cropped_length, is_traced, warn_once
 from unique_attn.hf.handover import READ, Refusal, Step, hand_over, undifferentiable
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, OutOfStepError, PagedTable
@@ -50,6 +50,7 @@ class UniqueLayer(DynamicLayer):
         self._version = 0  # operations of the table that this layer has done
         self._length = 0  # tokens of a row, padding included
         self._dtypes = (torch.float32, torch.float32)  # of keys and values; pages hold autocast's
+        self._given: tuple[Tensor, Tensor, tuple[int, int]] | None = None  # last read from pages, and their versions
         self._step: Step | None = None  # handed over, and neither stored nor attended to yet
         super().__init__()
 
@@ -65,23 +66,23 @@ class UniqueLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        """``[B, H, length, D]``. Gathered anew at every access while the layer is on pages."""
-        self._settle()
-        return self._keys if self._pages is None else self._contents()[0]
+        """``[B, H, length, D]``. Gathered while the layer is on pages, which it leaves if they are written to."""
+        return self._read()[0]
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
+        self._settle()
         self._leave_pages()
         self._keys = value
 
     @property
     def values(self) -> Tensor | None:
         """Like :attr:`keys`."""
-        self._settle()
-        return self._values if self._pages is None else self._contents()[1]
+        return self._read()[1]
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
+        self._settle()
         self._leave_pages()
         self._values = value
 
@@ -94,7 +95,7 @@ class UniqueLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take ``[B, H, T, D]`` new keys and values; returns what stands for all of them."""
         self._settle()
-        if torch.compiler.is_compiling():  # compiled models decode densely
+        if is_traced():
             self._leave_pages()
             return super().update(key_states, value_states)
         if self._table is not None and key_states.shape[0] != self._table.batch:
@@ -144,7 +145,7 @@ class UniqueLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything; the layer is dense and empty again."""
-        self._pages = self._table = self._step = self.dense = None
+        self._pages = self._table = self._step = self._given = self.dense = None
         self._keys = self._values = None
         self.is_initialized = self.lost_graph = False
         self.state.reset()
@@ -176,7 +177,7 @@ class UniqueLayer(DynamicLayer):
         if self._pages is None:
             return self._cannot_enter(step, query, mask)
         pages, table = self._paged()
-        if not self.state.agrees(mask, table, step.num_tokens, step.length):
+        if not self.state.agrees(mask, table, step.num_tokens, step.length, self):
             return _HOLES if step.num_tokens == 1 else _TREE
         return self._is_no_step(step) if self._fits(step, query, pages.k) else _DTYPE
 
@@ -196,7 +197,12 @@ class UniqueLayer(DynamicLayer):
         The layer leaves its pages unless the reason is one that passes.
         """
         if step is not self._step and step.length != self.get_seq_length():
-            raise OutOfStepError(f"keys of {step.length} tokens were read after the cache went on")
+            raise RuntimeError(
+                f"cache: expected what update() returned, {step.length} tokens, to be read before its next call, got "
+                f"{self.get_seq_length()} tokens by now: clone() what is to be kept"
+            )
+        if refusal is READ and not self.state.met:
+            warn_once("a UniqueCache was given to a model that was not enabled: it stays dense", "met")
         if refusal.lasting:
             self.dense = refusal
         if refusal.lasting or refusal in (_SHORT, _HOLES, _DTYPE):
@@ -204,6 +210,7 @@ class UniqueLayer(DynamicLayer):
         if self._pages is not None:
             self.lost_graph |= step.k.requires_grad
             self._settle()
+        if self._pages is not None:
             keys, values = self._contents()
         else:
             if step is self._step:
@@ -251,7 +258,7 @@ class UniqueLayer(DynamicLayer):
         if not self._fits(step, query, autocast_inputs(self._keys)[0]):
             return _DTYPE
         state = self.state
-        padding = state.padding(mask, step.k.shape[0], step.num_tokens, step.length)
+        padding = state.padding(mask, step.k.shape[0], step.num_tokens, step.length, self)
         if padding is None:
             if step.num_tokens > 1:
                 return _TREE
@@ -293,8 +300,27 @@ class UniqueLayer(DynamicLayer):
         self._length, self._step = step.length, None
         return pages, table
 
+    def _read(self) -> tuple[Tensor | None, Tensor | None]:
+        """All keys and values, for whoever asks."""
+        if self._given is None or self._written():
+            self._settle()
+            if self._pages is None:
+                return self._keys, self._values
+            with torch.inference_mode(False):  # or nobody counts how often they are written to
+                keys, values = self._contents()
+            self._given = keys, values, (keys._version, values._version)
+        return self._given[:2]
+
+    def _written(self) -> bool:
+        return self._given is not None and self._given[2] != (self._given[0]._version, self._given[1]._version)
+
     def _settle(self) -> None:
-        """Store the tokens of a step that nobody has attended to."""
+        """Store the tokens of a step that nobody has attended to; take over what was read and then written to."""
+        if self._given is not None:
+            written, given, self._given = self._written(), self._given, None
+            if written:
+                self._pages = self._table = self.state.table = None
+                self._keys, self._values = given[:2]
         step = self._step
         if step is None:
             return
@@ -331,6 +357,11 @@ class UniqueLayer(DynamicLayer):
 
     # ---- Copies. ----
 
+    def __copy__(self) -> UniqueLayer:
+        """A layer that goes on by itself, as a shallow copy of a layer that holds tensors does."""
+        self._settle()
+        return copy.deepcopy(self, {id(x): x for x in (self._keys, self._values) if x is not None})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> UniqueLayer:
         self._settle()
         layer = memo[id(self)] = type(self).__new__(type(self))
@@ -341,7 +372,9 @@ class UniqueLayer(DynamicLayer):
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
-        dense: dict[str, Any] = {"_keys": self.keys, "_values": self.values}
+        self._settle()
+        keys, values = (self._keys, self._values) if self._pages is None else self._contents()
+        dense: dict[str, Any] = {"_keys": keys, "_values": values}
         return {**vars(self), **dense, **dict.fromkeys(("_pages", "_table", "_step", "user"))}
 
 
@@ -399,6 +432,9 @@ def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
         return
     if _STATE not in vars(cache) and (empty or cache.get_seq_length() > 0):
         _turn(cache, CacheState(config))
+    state: CacheState | None = vars(cache).get(_STATE)
+    if state is not None:
+        state.met = True
 
 
 _STATE = "_unique_attn"  # attribute of a cache with layers of ours

@@ -19,8 +19,10 @@ class CacheState:
     def __init__(self, config: UniqueConfig) -> None:
         self.config = config
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
+        self.met = False  # an enabled model was given the cache
         self.refused = False  # a mask with holes was seen: no pages until reset
         self._judged: tuple[Tensor | None, tuple[int, ...], list[int] | None] | None = None
+        self._askers: set[int] = set()  # layers that were told so
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
 
@@ -28,15 +30,19 @@ class CacheState:
         self.table, self.refused, self._judged, self._watched = None, False, None, None
         self._watches.clear()
 
-    def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
+    def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> list[int] | None:
         """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
         shape = (batch, num_tokens, length)
-        facts = shape if mask is None or mask.is_inference() else (*shape, mask._version)  # a mask can be written to
-        if self._judged is None or self._judged[0] is not mask or self._judged[1] != facts:
+        counts = mask is not None and not mask.is_inference()  # how often it was written to
+        facts = (*shape, mask._version) if mask is not None and counts else shape
+        again = id(layer) in self._askers and not counts  # in a step to come, so it may be another mask by now
+        if self._judged is None or self._judged[0] is not mask or self._judged[1] != facts or again:
             self._judged = (mask, facts, left_padding(mask, *shape))
+            self._askers.clear()
+        self._askers.add(id(layer))
         return self._judged[2]
 
-    def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int) -> bool:
+    def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int, layer: object) -> bool:
         """Whether ``mask`` is causal with the padding of ``table``.
 
         A single-token step on a GPU is not waited for: it is taken to agree, and checked in the background.
@@ -57,7 +63,7 @@ class CacheState:
                     )
             return True
         else:
-            agrees = self.padding(mask, table.batch, num_tokens, length) == table.padding
+            agrees = self.padding(mask, table.batch, num_tokens, length, layer) == table.padding
         if not agrees and any(table.padding):
             padding = table.padding_on(mask.device if mask is not None else torch.device("cpu"))
             if shows_padding(mask, padding):
@@ -69,7 +75,7 @@ class CacheState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         state = memo[id(self)] = CacheState(self.config)
-        state.table, state.refused = copy.deepcopy(self.table, memo), self.refused
+        state.table, state.refused, state.met = copy.deepcopy(self.table, memo), self.refused, self.met
         return state
 
     def __reduce__(self) -> Any:

@@ -79,6 +79,11 @@ def cropped_length(amount: int, length: int) -> int:
     return min(amount, length)
 
 
+def is_traced() -> bool:
+    """Whether the model is being turned into a program now (``torch.compile``, ``torch.jit``): then it is dense."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def sdpa_mask(**kwargs: Any) -> Any:
     """The mask function that transformers registers for ``sdpa``."""
     return _registered_mask("sdpa", kwargs)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from unique_attn.hf.compat import Cache
 
@@ -21,6 +25,7 @@ def decoding_loop(
     generation_config: Any,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    streamer: Any = None,
 ) -> Tensor:
     """Prompts and new tokens ``[B, L + n]``: what transformers' own loop does, with the decoder's steps.
 
@@ -30,6 +35,7 @@ def decoding_loop(
         logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
         attention_mask: ``[B, L]`` with 0 for left padding, or None.
         position_ids: ``[B, L]`` or None.
+        streamer: is given every new token, if not None.
 
     Raises:
         ValueError: something asked for that the loop does not do, or more tokens than fit.
@@ -54,11 +60,32 @@ def decoding_loop(
         if ends:
             tokens = torch.where(unfinished, tokens, config._pad_token_tensor)
         input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
         unfinished &= ~stopping_criteria(input_ids, None)
         if not bool(unfinished.any()):
+            if streamer is not None:
+                streamer.end()
             return input_ids
         decoder.tokens.copy_(tokens[:, None])
         decoder.step()
+
+
+def streamer_of_caller() -> Any:
+    """The streamer that ``generate`` was given, or None. It passes neither that nor an assistant on to a loop.
+
+    Raises:
+        ValueError: it was given an assistant, or several GPUs to keep in step, which the loop does not do.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    given = {} if frame is None else frame.f_locals
+    for name in ("assistant_model", "synced_gpus"):
+        if given.get(name):
+            raise ValueError(f"{name}: expected none with a GraphedDecoder, got {type(given[name]).__name__}")
+    return given.get("streamer")
 
 
 def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unique_attn.config import MAX_PAGES, UniqueConfig
 from unique_attn.hf.compat import DynamicCache, cache_argument
-from unique_attn.hf.generate import decoding_loop, prompt_arguments
+from unique_attn.hf.generate import decoding_loop, prompt_arguments, streamer_of_caller
 from unique_attn.hf.hooks import KEEPS, attention_modules, hook_of, language_config
 from unique_attn.hf.static_pages import StaticPages, windows_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 from unique_attn.hf.unchanged import Unchanged
 
 __all__ = ["GraphedDecoder", "StaticPages", "greedy", "sampler"]
+
+Method = TypeVar("Method", bound=Callable[..., Tensor])
+
+
+def _alone(method: Method) -> Method:
+    """A method of a decoder that another thread must not call meanwhile."""
+
+    @wraps(method)
+    def locked(self: GraphedDecoder, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("GraphedDecoder: expected one thread at a time, got a second one: make one for each")
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    return locked  # type: ignore[return-value]
 
 
 class GraphedDecoder:
@@ -29,6 +49,8 @@ class GraphedDecoder:
 
     Three ways to use it: :meth:`generate`, in which the host seldom waits for the device; ``model.generate(...,
     custom_generate=decoder)``, for what transformers' generation offers; :meth:`prefill` and :meth:`step`.
+
+    A decoder holds one batch at a time, so each thread needs one of its own (of the same model, if you like).
 
     The model's weights must stay where they are (other values in the same place are fine), and the model enabled: a
     call after either has changed raises. Layers with a sliding window read the pages of their window. What cannot run
@@ -42,8 +64,8 @@ class GraphedDecoder:
         sample: next tokens ``[B]`` from logits ``[B, vocabulary]``; greedy by default. On CUDA it is captured too.
 
     Raises:
-        TypeError: ``model`` was not enabled.
-        ValueError: a number out of range, naming the argument, or a model on several devices.
+        TypeError: ``model`` was not enabled, or another argument of the wrong type.
+        ValueError: a number out of range, naming the argument, or a model on several devices or without a device.
         NotImplementedError: a model of which no layer can be sparse, or layers whose cache is of another kind.
     """
 
@@ -55,6 +77,10 @@ class GraphedDecoder:
         config: UniqueConfig | None = None,
         sample: Sampler = greedy,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a model from unique_attn.enable(), got {type(model).__name__}")
+        if config is not None and not isinstance(config, UniqueConfig):
+            raise TypeError(f"config: expected a UniqueConfig or None, got {type(config).__name__}")
         modules = attention_modules(model)
         hook = hook_of(modules[0]) if modules else None
         if hook is None and KEEPS in vars(model):
@@ -62,11 +88,15 @@ class GraphedDecoder:
         if hook is None:
             raise TypeError(f"model: expected a model from unique_attn.enable(), got {type(model).__name__}")
         for name, value in (("batch", batch), ("max_length", max_length)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         if len(devices) != 1:
             raise ValueError(f"model: expected all weights on one device, got {', '.join(devices) or 'none'}")
+        if devices == ["meta"]:
+            raise ValueError("model: expected weights on a device, got meta tensors (offloaded, or not loaded)")
         self.model = model
         self.config = hook.config if config is None else config
         self.device = torch.device(devices[0])
@@ -81,6 +111,11 @@ class GraphedDecoder:
         self._step = GraphedStep(model, self.cache, batch, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._unchanged = Unchanged(model)
+        self._lock = threading.RLock()
+        self._ready = False  # a prefill and all steps since are complete
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise TypeError("GraphedDecoder: a copy would share its graph and its storage: make another one")
 
     @property
     def tokens(self) -> Tensor:
@@ -92,7 +127,7 @@ class GraphedDecoder:
         """``[B, vocabulary]`` of the last step or prefill; None before the first."""
         return self._step.logits
 
-    @torch.no_grad()
+    @_alone
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -125,6 +160,7 @@ class GraphedDecoder:
                 f"position_ids: expected shape {list(input_ids.shape)}, got {list(position_ids.shape)}: a "
                 "GraphedDecoder counts one position for each token"
             )
+        self._ready = False
         dense = DynamicCache()  # without the config: layers with a window keep all keys too, as pages do
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         if attention_mask is not None:
@@ -136,32 +172,36 @@ class GraphedDecoder:
         self._step.keep(logits)
         self.tokens.copy_(self._step.sample(logits)[:, None])
         self._step.capture()
+        self._ready = True
         return self.tokens
 
-    @torch.no_grad()
+    @_alone
     def step(self) -> Tensor:
         """Decode one token for every row; returns it, ``[B, 1]``, in a buffer that the next step overwrites.
 
         Raises:
-            RuntimeError: before :meth:`prefill`, with ``max_length`` tokens reached, or the model is no longer as it
-                was when the decoder was made.
+            RuntimeError: before :meth:`prefill` or after a step that failed, with ``max_length`` tokens reached, or the
+                model is no longer as it was when the decoder was made.
         """
-        if self.logits is None:
-            raise RuntimeError("step: expected a prefill() before it")
+        if not self._ready:
+            why = "" if self.logits is None else ", as the last prefill() or step() was interrupted"
+            raise RuntimeError(f"step: expected a prefill() before it{why}")
         if self.cache.host_length >= self.cache.max_length:
             raise RuntimeError(f"step: max_length = {self.cache.max_length} tokens are reached")
         self._unchanged.check()
+        self._ready = False  # the device may have counted a step that fails further on
         self._step.run()
         self.cache.host_length += 1
+        self._ready = True
         return self.tokens
 
-    @torch.no_grad()
+    @_alone
     def generate(
         self,
         input_ids: Tensor,
         max_new_tokens: int,
         attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
         check_every: int = 16,
         pad_token_id: int | None = None,
     ) -> Tensor:
@@ -186,7 +226,9 @@ class GraphedDecoder:
                 f"max_new_tokens: expected 1 to {self.cache.max_length + 1 - length} (max_length = "
                 f"{self.cache.max_length}), got {max_new_tokens}"
             )
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        if check_every < 1:
+            raise ValueError(f"check_every: expected at least 1, got {check_every}")
+        ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
         if pad_token_id is None:
             pad_token_id = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
         pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
@@ -201,7 +243,7 @@ class GraphedDecoder:
         out = torch.cat(new, 1)
         return torch.cat([input_ids, _until_all_ended(out, eos) if ends else out], 1)
 
-    @torch.no_grad()
+    @_alone
     def __call__(
         self,
         model: nn.Module,
@@ -216,14 +258,19 @@ class GraphedDecoder:
         ``generate`` prepares the settings, logits processors and stopping criteria as always; greedy and sampling. The
         next token is chosen by it, outside the graph, and the host looks after every token whether to stop.
 
+        A streamer gets every token.
+
         Raises:
             ValueError: another model, beams, a dictionary as output, a cache that holds tokens, more tokens than fit,
-                or an input beside text (images, sound, embeddings), naming it.
+                an assistant, or an input beside text (images, sound, embeddings), naming it.
         """
         if model is not self.model:
             raise ValueError("model: expected the model that the GraphedDecoder was made for, got another one")
         mask, positions = prompt_arguments(model_kwargs)
-        return decoding_loop(self, input_ids, logits_processor, stopping_criteria, generation_config, mask, positions)
+        streamer = streamer_of_caller()
+        return decoding_loop(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, mask, positions, streamer
+        )
 
 
 def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:

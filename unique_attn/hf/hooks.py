@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache import adopt
-from unique_attn.hf.compat import Cache, PreTrainedModel
+from unique_attn.hf.compat import Cache, PreTrainedModel, is_traced
 
 if TYPE_CHECKING:
     from unique_attn.hf.training import TrainState
@@ -23,6 +23,14 @@ KEEPS = "_unique_attn_keeps"  # attribute of a model that keeps its own attentio
 SAVED = "unique_attn"  # attribute of a model's config: the settings as a dictionary
 _ATTRIBUTE = "_unique_attn_hook"  # of attention modules
 _attaching = threading.Lock()
+_enabled: weakref.WeakKeyDictionary[nn.Module, CacheHook] = weakref.WeakKeyDictionary()
+
+
+class Before(NamedTuple):
+    """What ``disable`` restores."""
+
+    implementation: str
+    saved: Any  # settings in the config
 
 
 class CacheHook:
@@ -33,25 +41,28 @@ class CacheHook:
     Attributes:
         config: settings for caches that have none of their own.
         train: what the layers of the model share in training, None if its training is dense.
-        stock: the attention implementation before the model was enabled, None if it was loaded as ``"unique"``.
+        before: what was before the model was enabled, None if it was loaded as ``"unique"``.
         outermost: whether the caches that it sees come from outside of the model, empty ones too.
+        bystander: whether nobody enabled the model: it only shares its config with one that was.
     """
 
     def __init__(
         self,
         config: UniqueConfig,
         train: TrainState | None = None,
-        stock: str | None = None,
+        before: Before | None = None,
         *,
         outermost: bool = False,
+        bystander: bool = False,
     ) -> None:
         self.config = config
         self.train = train
-        self.stock = stock
+        self.before = before
         self.outermost = outermost
+        self.bystander = bystander
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # compiled models decode densely
+        if is_traced():
             return
         for given in (*args, *kwargs.values()):
             if isinstance(given, Cache):
@@ -66,35 +77,46 @@ def hook_of(module: nn.Module) -> CacheHook | None:
 
 
 def attach(
-    model: nn.Module, config: UniqueConfig, train: TrainState | None = None, stock: str | None = None
+    model: nn.Module, config: UniqueConfig, train: TrainState | None = None, before: Before | None = None
 ) -> CacheHook:
     """Put these settings on ``model``, in place of those that are there."""
     detach(model)
-    outer, inner = CacheHook(config, train, stock, outermost=True), CacheHook(config, train, stock)
+    outer, inner = CacheHook(config, train, before, outermost=True), CacheHook(config, train, before)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.register_forward_pre_hook(outer if module is model else inner, with_kwargs=True)
         if attends(module):
             setattr(module, _ATTRIBUTE, outer)
+    _enabled[model] = outer
     return outer
 
 
 def attach_late(module: nn.Module) -> CacheHook:
-    """Settings for an attention module whose model nobody enabled: those saved in its config, or the defaults.
+    """Settings for an attention module without a hook.
 
-    The module is all that the attention function knows then, so the hook is on it, for calls to come.
+    They are those of the model that it is part of, if that was enabled. If nobody enabled its model, they are those
+    saved in the config, or the defaults; the module is all that the attention function knows then, so the hook is on
+    it, for calls to come. But a config that an enabled model shares says nothing of this one, which stays as it was.
     """
     with _attaching:
         hook = hook_of(module)
-        if hook is None:
-            hook = CacheHook(saved_settings(getattr(module, "config", None)))
+        if hook is not None:
+            return hook
+        config = getattr(module, "config", None)
+        sharing = [(model, each) for model, each in list(_enabled.items()) if language_config(model) is config]
+        hook = next((each for model, each in sharing if any(module is part for part in model.modules())), None)
+        if hook is None and sharing:
+            hook = CacheHook(sharing[0][1].config, before=sharing[0][1].before, bystander=True)
+        elif hook is None:
+            hook = CacheHook(saved_settings(config))
             module.register_forward_pre_hook(hook, with_kwargs=True)
-            setattr(module, _ATTRIBUTE, hook)
+        setattr(module, _ATTRIBUTE, hook)
         return hook
 
 
 def detach(model: nn.Module) -> None:
     """Take all hooks off."""
+    _enabled.pop(model, None)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, CacheHook):
@@ -149,11 +171,11 @@ _recorders: ContextVar[tuple[tuple[list[CacheHook], list[SelectionRecord]], ...]
 def recording(hooks: Sequence[CacheHook]) -> Iterator[list[SelectionRecord]]:
     """Collect the decode steps of modules with these hooks that run in this context (so, in this thread)."""
     records: list[SelectionRecord] = []
-    token = _recorders.set((*_recorders.get(), (list(hooks), records)))
+    _recorders.set((*_recorders.get(), (list(hooks), records)))
     try:
         yield records
-    finally:
-        _recorders.reset(token)
+    finally:  # not by a token: a generator may end in another context than it began in
+        _recorders.set(tuple(each for each in _recorders.get() if each[1] is not records))
 
 
 def recorders(hook: CacheHook) -> list[list[SelectionRecord]]:

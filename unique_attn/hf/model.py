@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from unique_attn.hf.hooks import (
     IMPLEMENTATION,
     KEEPS,
     SAVED,
+    Before,
     SelectionRecord,
     attach,
     attention_modules,
@@ -30,12 +31,6 @@ from unique_attn.hf.training import TrainState
 from unique_attn.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=nn.Module)
-_BEFORE = "_unique_attn_before"  # attribute of the model: what disable() restores
-
-
-class _Before(NamedTuple):
-    implementation: str
-    saved: Any  # settings in the config
 
 
 def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig | None = None, **fields: Any) -> Model:
@@ -81,28 +76,27 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     missing = sorted(set(config.dense_layers) - layers)
     if missing:
         raise ValueError(f"config.dense_layers: expected layers from 0 to {max(layers)}, got {missing}")
+    before = _before(inner)
     detach(inner)
     reason = never_sparse(inner, modules)
     if reason is None and train is None and cache_argument(inner) is None:
-        reason = "its forward takes no cache"
+        reason = "its forward names no cache among its arguments"
     if reason is not None:
         warn_once(f"{type(inner).__name__} keeps its own attention and is dense: {reason}", type(inner), reason)
-        disable(model)
+        _restore(inner, before)
         setattr(inner, KEEPS, reason)
         return model
     register()
-    before = _Before(text._attn_implementation, getattr(text, SAVED, None))
-    if before.implementation != IMPLEMENTATION:
+    if text._attn_implementation != IMPLEMENTATION:
+        before = Before(text._attn_implementation, getattr(text, SAVED, None))
         inner.set_attn_implementation(_only(key, IMPLEMENTATION))
         if text._attn_implementation != IMPLEMENTATION:
             inner.set_attn_implementation(_only(key, before.implementation))  # of what could be set
             raise ValueError(
                 f"model: expected a family that uses transformers' AttentionInterface, got {type(inner).__name__}"
             )
-        setattr(inner, _BEFORE, before)
     setattr(text, SAVED, config.to_dict())
-    first: _Before | None = vars(inner).get(_BEFORE)
-    attach(inner, config, state, None if first is None else first.implementation)
+    attach(inner, config, state, before)
     if state is not None:
         state.prepare(modules)
     if all(window_of(module) != 0 for module in modules):
@@ -124,19 +118,29 @@ def disable(model: Model) -> Model:
         TypeError: ``model`` holds no transformers model.
     """
     inner = _transformers_model(model)
-    text, key = _language_config(inner)
+    before = _before(inner)
     detach(inner)
     vars(inner).pop(KEEPS, None)
-    before: _Before | None = vars(inner).pop(_BEFORE, None)
+    _restore(inner, before)
+    return model
+
+
+def _before(model: Any) -> Before | None:
+    """What was before the model, or the one that it is part of or has inside, was enabled."""
+    hooks = (hook_of(module) for module in attention_modules(model))
+    return next((hook.before for hook in hooks if hook is not None and hook.before is not None), None)
+
+
+def _restore(model: Any, before: Before | None) -> None:
+    text, key = _language_config(model)
     if before is not None:
         if before.saved is None:
             vars(text).pop(SAVED, None)
         else:
             setattr(text, SAVED, before.saved)
     if text._attn_implementation == IMPLEMENTATION:
-        usual = "eager" if any(family_of(module).eager_only for module in attention_modules(inner)) else "sdpa"
-        inner.set_attn_implementation(_only(key, usual if before is None else before.implementation))
-    return model
+        usual = "eager" if any(family_of(module).eager_only for module in attention_modules(model)) else "sdpa"
+        model.set_attn_implementation(_only(key, usual if before is None else before.implementation))
 
 
 @contextmanager

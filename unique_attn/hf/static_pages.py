@@ -117,9 +117,10 @@ class StaticPages(Cache):
         self.blocks_per_row = -(-max_length // size)
         self.pool = SharedPool(num_blocks=batch * self.blocks_per_row, block_size=size)
         self.table: PagedTable | None = None
-        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
-        self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
+            self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
         self.static_layers = [StaticLayer(self, i, n) for i, n in enumerate(windows or [0] * num_layers)]
         self.layers = list(self.static_layers)
         self.layer_class_to_replicate = None

@@ -70,7 +70,8 @@ class GraphedStep:
         self.model, self.cache, self.sample = model, cache, sample
         self._cache_argument = cache_argument(model) or "past_key_values"
         self.device = next(model.parameters()).device
-        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
+        with torch.inference_mode(False):  # a decoder may outlive the inference mode it began in
+            self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)  # the last token of each row
         self.logits: Tensor | None = None  # [B, vocabulary] of the last step
         self._graph: Any = None
 
@@ -90,7 +91,8 @@ class GraphedStep:
     def keep(self, logits: Tensor) -> None:
         """Copy logits ``[B, vocabulary]`` into the place where steps leave theirs."""
         if self.logits is None:
-            self.logits = torch.empty_like(logits)
+            with torch.inference_mode(False):
+                self.logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self.logits.copy_(logits)
 
     @torch.no_grad()

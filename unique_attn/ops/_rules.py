@@ -28,6 +28,8 @@ RULES: dict[str, RuleInfo] = {
     "directional": RuleInfo(id=2, vectors=2, scalar=False, spread=2.0),
     "minmax": RuleInfo(id=3, vectors=2, scalar=False, spread=0.0),
 }
+KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PAGE_SIZES = (4, 8, 16, 32, 64)
 INDEX_FORMATS = {name: number for number, name in enumerate(reference_index.INDEX_FORMATS)}  # csrc/core/types.h
 
 
@@ -39,6 +41,11 @@ def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     for name, device in given.items():
         if device != given[first]:
             raise ValueError(f"{op}: {name}: expected the device of {first}, {given[first]}, got {device}")
+
+
+def softmax_scale(q: torch.Tensor) -> float:
+    """``1 / sqrt(D)``; 1 for what the op will refuse."""
+    return 1.0 if q.dim() == 0 or q.shape[-1] == 0 else float(q.shape[-1] ** -0.5)
 
 
 def rule_info(rule: str) -> RuleInfo:
@@ -85,12 +92,19 @@ def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int, index_format:
         :func:`decode_index` shows what they hold.
 
     Raises:
-        ValueError: unknown rule or format, wrong rank, or a block size that is no multiple of the page size.
+        ValueError: unknown rule or format, wrong rank, dtype or head dimension, a page size that the ops do not take,
+            or a block size that is no multiple of it.
     """
     if k_cache.dim() != 4:
         raise ValueError(f"k_cache: expected 4 dimensions [num_blocks, H, block_size, D], got {list(k_cache.shape)}")
     num_blocks, heads, block_size, head_dim = k_cache.shape
-    if page_size <= 0 or block_size % page_size:
+    if k_cache.dtype not in KEY_DTYPES:
+        raise ValueError(f"k_cache: expected dtype {', '.join(map(str, KEY_DTYPES))}, got {k_cache.dtype}")
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"k_cache: expected a head dimension that is a multiple of 8 up to 256, got {head_dim}")
+    if type(page_size) is not int or page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size!r}")
+    if block_size % page_size:
         raise ValueError(f"page_size: expected a divisor of the block size {block_size}, got {page_size}")
     entry = index_entry_bytes(rule, head_dim, k_cache.dtype, index_format)
     shape = (num_blocks, heads, block_size // page_size, entry)

@@ -8,7 +8,7 @@ import torch
 
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.ops._autograd import NotDifferentiableError
-from unique_attn.ops._rules import rule_info, same_device
+from unique_attn.ops._rules import rule_info, same_device, softmax_scale
 
 
 def soft_mask_attention(
@@ -74,7 +74,7 @@ def soft_mask_attention(
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)
-    scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
+    scale = softmax_scale(q) if scale is None else float(scale)
     if tau is not None and not isinstance(tau, torch.Tensor):
         raise ValueError(f"soft_mask_attention: tau: expected a 0-dim float32 tensor, got {tau!r}")
     for name, constant in (("theta", theta), ("tau", tau)):

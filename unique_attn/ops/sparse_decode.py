@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
-from unique_attn.ops._rules import same_device
+from unique_attn.ops._rules import same_device, softmax_scale
 
 
 def sparse_decode(
@@ -42,7 +42,7 @@ def sparse_decode(
         ValueError: a wrong rank, shape, dtype, device or stride, naming the argument; on the CPU (on CUDA with
             UNIQUE_ATTN_CHECK=1) also a length, a page or a block that is out of range.
     """
-    scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
+    scale = softmax_scale(q) if scale is None else float(scale)
     return torch.ops.unique_attn.sparse_decode(
         q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import format_id, rule_info, same_device
+from unique_attn.ops._rules import format_id, rule_info, same_device, softmax_scale
 
 
 def unique_decode(
@@ -58,7 +58,7 @@ def unique_decode(
     """
     info = rule_info(rule)
     spread = info.spread if spread is None else float(spread)
-    scale = (q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
+    scale = softmax_scale(q) if scale is None else float(scale)
     reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.unique_attn.unique_decode(
         q,
