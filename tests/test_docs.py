@@ -119,6 +119,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
     readme.write_text(text(dict.fromkeys(blocks, "old\n")))
     assert main(["report", "--readme", str(readme)]) == 0
     assert readme.read_text() == text(blocks)
+    assert capsys.readouterr().out == f"wrote {readme} and the pictures in {tmp_path / 'docs'}\n"
     assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
     readme.write_text("no markers")
