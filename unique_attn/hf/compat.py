@@ -19,6 +19,7 @@ try:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     )
+    from transformers.generation import GenerationMixin
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -35,6 +36,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GenerationMixin",
     "PreTrainedModel",
     "cache_argument",
     "config_family",

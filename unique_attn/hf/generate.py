@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
-from unique_attn.hf.compat import Cache
+from unique_attn.hf.compat import Cache, GenerationMixin
 
 if TYPE_CHECKING:
     from unique_attn.hf.graphed import GraphedDecoder
