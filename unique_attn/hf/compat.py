@@ -12,6 +12,7 @@ import torch
 
 try:
     import transformers
+    from transformers import GenerationMixin
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -19,7 +20,6 @@ try:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     )
-    from transformers.generation import GenerationMixin
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
