@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= all
 PY_SOURCES := .
-CXX_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CXX_SOURCES = $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 
 # Which transformers `test-transformers` runs on; "locked" is the one of $(VENV).
 TRANSFORMERS ?= oldest locked newest

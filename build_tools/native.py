@@ -30,13 +30,13 @@ TARGETS = ("ops", "runtime")
 OP_LIBRARY = "lib/libunique_attn.so"
 RUNTIME_MODULE = "_runtime" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 # Host-only parts of the core that the Python module binds.
-RUNTIME_CORE_SOURCES = ("csrc/core/split_plan.cpp",)
+RUNTIME_CORE_SOURCES = ("csrc/core/decode/split_plan.cpp",)
 
 # The ABI of torch 2.10: the library then runs on every later torch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc/core"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc/core", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 # Symbols of static libraries (the CUDA runtime) stay private: torch has a CUDA runtime of its own.
 LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
 
@@ -114,7 +114,7 @@ class NativeBuild:
 
     def _add_op_library(self, torch: env.Torch) -> None:
         ops = _sources("csrc/ops/*.cpp")
-        core = _sources("csrc/core/*.cpp")
+        core = _sources("csrc/core/**/*.cpp")
         variants = env.cpu_variants()
         self._write_build_config(torch, list(variants))
 
@@ -139,7 +139,7 @@ class NativeBuild:
             flags = [*NVCC_FLAGS, "-DUNIQUE_ATTN_WITH_CUDA", *self.cuda.gencode, *more]
             if "sm_90a" in self.cuda.archs:  # else the kernels for Hopper are empty and must not be launched
                 flags.append("-DUNIQUE_ATTN_SM90A")
-            self.cuda_objects = [self._object(s, "ops", "nvcc", flags) for s in _sources("csrc/core/*.cu")]
+            self.cuda_objects = [self._object(s, "ops", "nvcc", flags) for s in _sources("csrc/core/**/*.cu")]
             objects += self.cuda_objects
             link += [f"-L{folder}" for folder in self.cuda.library_dirs]
             link += ["-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt"]

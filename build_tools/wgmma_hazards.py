@@ -128,8 +128,12 @@ def disassemble(objects: list[str]) -> list[Kernel]:
 
 
 def main() -> int:
-    objects = [str(native.ROOT / file) for file in native.compile_cuda() if "_hopper" in file]
-    kernels = [kernel for kernel in disassemble(objects) if any("HGMMA" in text for _, text in kernel.instructions)]
+    objects = [str(native.ROOT / file) for file in native.compile_cuda()]
+    kernels = [
+        kernel
+        for kernel in disassemble([file for file in objects if "/sm90/" in file])
+        if any("HGMMA" in text for _, text in kernel.instructions)
+    ]
     bad = 0
     for kernel in kernels:
         for address, text in hazards(kernel).items():

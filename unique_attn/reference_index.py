@@ -1,6 +1,6 @@
 """What an index entry holds and how it is stored, in plain PyTorch: the oracle of ``page_index`` and its bytes.
 
-Part of :mod:`unique_attn.reference`, which exports it. ``csrc/core/index_format.h`` describes the compressed format.
+Part of :mod:`unique_attn.reference`, which exports it. ``csrc/core/index/format.h`` describes the compressed format.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 // The only switch macros: a runtime enum becomes a type inside the given statement.
 #pragma once
 
-#include "index_format.h"
-#include "types.h"
+#include "core/index/format.h"
+#include "core/types.h"
 
 #define UA_DISPATCH_RULE(rule, RuleT, ...)          \
   switch (rule) {                                   \

@@ -2,7 +2,7 @@
 //   phi     what the index entry of a page holds: up to two vectors and one scalar (encode)
 //   psi     how one channel of a query meets one channel of an entry (accumulate)
 //   h       how the two accumulated sums become a score (finish)
-// index_format.h says how an entry is stored.
+// index/format.h says how an entry is stored.
 // Every kernel, CPU and CUDA, is a template over this type: a new rule is a new struct here, a case
 // in dispatch.h and a name in csrc/ops/arguments.h. Acc is a number or a SIMD vector of them (simd.h), so the
 // parts use only + * sqrt, comparisons and select.
@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "types.h"
+#include "core/types.h"
 
 namespace unique_attn {
 

@@ -19,7 +19,7 @@ enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // Page-scoring rules; rules.h defines what each one computes.
 enum class Rule : int { kMean, kUnique, kDirectional, kMinMax };
 
-// How the index stores the entries of a rule; index_format.h has the bytes.
+// How the index stores the entries of a rule; index/format.h has the bytes.
 enum class IndexFormat : int { kExact, kCompressed };
 
 constexpr int kMaxGroup = 16;        // query heads per KV head

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "index_format.h"
+#include "core/index/format.h"
 
 namespace unique_attn {
 namespace {

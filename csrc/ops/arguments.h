@@ -13,8 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu_exec.h"
-#include "types.h"
+#include "core/exec.h"
+#include "core/types.h"
 
 namespace unique_attn {
 

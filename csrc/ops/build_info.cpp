@@ -4,7 +4,7 @@
 #include <string>
 
 #include "build_config.h"
-#include "cpu_dispatch.h"
+#include "core/cpu/isa.h"
 
 namespace unique_attn {
 namespace {

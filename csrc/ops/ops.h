@@ -3,12 +3,12 @@
 // so that bad input leaves everything unwritten.
 #pragma once
 
-#include "append_index.h"
 #include "arguments.h"
-#include "page_scores.h"
+#include "core/decode/sparse_decode.h"
+#include "core/index/append_index.h"
+#include "core/select/page_scores.h"
+#include "core/select/topk_pages.h"
 #include "runner.h"
-#include "sparse_decode.h"
-#include "topk_pages.h"
 
 namespace unique_attn {
 

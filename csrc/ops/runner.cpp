@@ -1,5 +1,7 @@
 #include "runner.h"
 
+#include "core/cuda/device.h"
+
 #ifdef UNIQUE_ATTN_WITH_CUDA
 #include <cuda_runtime.h>
 
@@ -31,10 +33,8 @@ void Runner::check([[maybe_unused]] cudaError_t error) const {
 
 int multiprocessor_count([[maybe_unused]] const Tensor& tensor) {
 #ifdef UNIQUE_ATTN_WITH_CUDA
-  int count = 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()) == cudaSuccess) {
-    return count;
-  }
+  DeviceFacts facts;
+  if (device_facts(facts, tensor.get_device_index()) == cudaSuccess) return facts.multiprocessors;
 #endif
   return 1;
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "cuda_fwd.h"
+#include "core/cuda_fwd.h"
 
 // The CUDA half of a pair of core functions; absent from a build without CUDA.
 #ifdef UNIQUE_ATTN_WITH_CUDA

@@ -1,4 +1,4 @@
-#include "split_plan.h"
+#include "core/decode/split_plan.h"
 #include "value_checks.h"
 
 namespace unique_attn {

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "arguments.h"
-#include "page_boundary.h"
-#include "soft_mask_attention.h"
+#include "core/train/page_boundary.h"
+#include "core/train/soft_mask_attention.h"
 
 namespace unique_attn {
 

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/decode/split_plan.h"
 #include "page_pool.h"
-#include "split_plan.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

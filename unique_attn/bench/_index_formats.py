@@ -77,7 +77,7 @@ def apart(mean: Quantizer, std: Quantizer) -> Store:
 
 
 def like_compressed(bits: int, size: int) -> Store:
-    """The compressed format (``csrc/core/index_format.h``) with other means and groups."""
+    """The compressed format (``csrc/core/index/format.h``) with other means and groups."""
     most = 2 ** (bits - 1) - 1
 
     def store(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int, index_format:
         rule: name of the scoring rule.
         page_size: tokens per page; divides ``block_size``.
         index_format: ``exact`` (the keys' dtype), or ``compressed`` (4-bit means and 2-bit spreads with shared scales,
-            described in ``csrc/core/index_format.h``; every rule but ``minmax``).
+            described in ``csrc/core/index/format.h``; every rule but ``minmax``).
 
     Returns:
         uint8 ``[num_blocks, H, block_size // page_size, entry_bytes]``, zeroed. The bytes belong to the rule;

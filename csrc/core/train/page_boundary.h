@@ -1,0 +1,46 @@
+// The boundary score of every query of a training batch: what its soft mask is centred on.
+#pragma once
+
+#include "core/cuda_fwd.h"
+#include "core/exec.h"
+#include "core/train/packed.h"
+
+namespace unique_attn {
+
+// Of query token n and KV head h, with s the page scores of its candidate_pages (maximum over the group, rounded to the
+// order key's type exactly as page_scores does), sorted descending, and k' = k - sink_pages - recent_pages:
+//   theta[n, h] = (s_(k') + s_(k'+1)) / 2;  -inf with at most k' candidates (every gate is 1);  else +inf if k' = 0.
+// NaN scores rank below every number. Bitwise deterministic.
+struct PageBoundaryParams {
+  DType dtype;  // of q and of the index entries
+  Rule rule;
+  double spread;
+  PackedSequences seqs;
+  int num_q_heads;   // Hq = G * H
+  int num_kv_heads;  // H
+  int head_dim;      // D
+  int k;             // selected pages per query, sink and recent ones included
+  int sink_pages;
+  int recent_pages;
+  const void* q;  // [N, Hq, D], unit channel stride
+  int64_t q_stride_token;
+  int64_t q_stride_head;
+  IndexView index;  // [num_page_slots, H, 1, entry_bytes]
+  void* theta;      // [N, H] contiguous fp32 (fp64 for fp64)
+  // CUDA: scores of a bounded chunk of queries at a time, [chunk_tokens, H, boundary_row_pages] in the order key's type.
+  void* workspace;
+  int chunk_tokens;
+  void* squares;  // CUDA, 16-bit inputs: [num_page_slots, H, D] bf16
+};
+
+// Pages of the longest sequence, padded so that a row of 16-bit scores is a multiple of 32 bytes.
+inline int boundary_row_pages(int64_t max_seqlen, int page_size) {
+  return static_cast<int>(((max_seqlen + page_size - 1) / page_size + 15) / 16 * 16);
+}
+
+void page_boundary_cpu(const PageBoundaryParams& params, const CpuExecutor& exec);
+
+// fp32, bf16 and fp16. Launches on `stream` and does not wait.
+cudaError_t page_boundary_cuda(const PageBoundaryParams& params, cudaStream_t stream);
+
+}  // namespace unique_attn
