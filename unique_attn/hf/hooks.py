@@ -87,7 +87,8 @@ def attach(
             module.register_forward_pre_hook(outer if module is model else inner, with_kwargs=True)
         if attends(module):
             setattr(module, _ATTRIBUTE, outer)
-    _enabled[model] = outer
+    with _attaching:
+        _enabled[model] = outer
     return outer
 
 
@@ -116,7 +117,8 @@ def attach_late(module: nn.Module) -> CacheHook:
 
 def detach(model: nn.Module) -> None:
     """Take all hooks off."""
-    _enabled.pop(model, None)
+    with _attaching:
+        _enabled.pop(model, None)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, CacheHook):
