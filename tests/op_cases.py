@@ -18,13 +18,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unique_attn import reference
+from unique_attn import ops, reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")
-RULES = list(reference.DEFAULT_SPREAD)
+RULES = list(ops.RULES)
 FORMATS = ["exact", "compressed"]
-INDEXES = [(rule, "exact") for rule in RULES] + [(rule, "compressed") for rule in RULES if rule != "minmax"]
+COMPRESSIBLE = [rule for rule in RULES if ops.RULES[rule].compressible]
+INDEXES = [(rule, "exact") for rule in RULES] + [(rule, "compressed") for rule in COMPRESSIBLE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUDA_DTYPES = DTYPES[:3]
 PAGE_SIZES = [4, 8, 16, 32, 64]
@@ -230,7 +231,7 @@ def specs(draw: st.DrawFn, /, **fixed: Any) -> Spec:
         head_dim=pick("head_dim", st.sampled_from(HEAD_DIMS)),
         dtype=pick("dtype", st.sampled_from(DTYPES)),
         rule=rule,
-        index_format=pick("index_format", st.sampled_from(["exact"] if rule == "minmax" else FORMATS)),
+        index_format=pick("index_format", st.sampled_from(FORMATS if rule in COMPRESSIBLE else ["exact"])),
         window=pick("window", st.one_of(st.just(0), st.integers(1, 200))),
         q_layout=pick("q_layout", st.sampled_from(Q_LAYOUTS)),
         cache_layout=pick("cache_layout", st.sampled_from(CACHE_LAYOUTS)),

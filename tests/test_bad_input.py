@@ -396,4 +396,4 @@ def test_numbers_that_are_no_error(device: str) -> None:
     args = arguments("sparse_decode", device)
     assert bool(ops.sparse_decode(**args, scale=math.nan)[0].isnan().all())
     args = arguments("page_scores", device)
-    assert ops.page_scores(**args, spread=-1.0).shape == (2, 2, 2, args["block_table"].shape[1] * 2)
+    assert ops.page_scores(**args, spread_weight=-1.0).shape == (2, 2, 2, args["block_table"].shape[1] * 2)

@@ -8,7 +8,6 @@ import json
 import pytest
 
 from unique_attn import UniqueConfig, ops
-from unique_attn.config import RULES
 
 
 def test_defaults():
@@ -16,13 +15,17 @@ def test_defaults():
     assert (config.rule, config.page_size, config.budget, config.num_pages) == ("directional", 8, 512, 64)
     assert config.dense_limit == 512
     assert UniqueConfig(dense_below=0).dense_limit == 0
-    assert config.spread == 2.0
-    assert UniqueConfig(rule="unique", lambda_=0.3).spread == 0.3
-    assert UniqueConfig(rule="mean").spread == 0.0
+    assert config.spread_weight == 2.0
+    assert UniqueConfig(rule="unique", lambda_=0.3).spread_weight == 0.3
+    assert UniqueConfig(rule="mean").spread_weight == 0.0
 
 
 def test_rules_are_those_of_the_ops():
-    assert set(RULES) == set(ops.RULES)
+    for rule, info in ops.RULES.items():
+        config = UniqueConfig(rule=rule)
+        assert config.spread_weight == info.weight
+        if info.weight_name:
+            assert dataclasses.replace(config, **{info.weight_name: 7.5}).spread_weight == 7.5
 
 
 def test_frozen_hashable_and_equal():

@@ -41,7 +41,7 @@ def oracle_row(q, k, v, config, scaling):
         pages = [reference.encode_entry(page, config.rule, **stored) for page in keys[:, :seen].split(size, dim=1)]
         entry = reference.decode_index(torch.stack(pages, 1), rule=config.rule, head_dim=dim, **stored)
         entry = tuple(part.double() for part in entry)
-        scores = reference.rule_score(q[:, :, t], entry, config.rule, config.spread).amax(1)
+        scores = reference.rule_score(q[:, :, t], entry, config.rule, config.spread_weight).amax(1)
         selected = reference.topk_pages(
             scores[None, None].to(reference.score_dtype(k.dtype)),
             torch.tensor([seen]),

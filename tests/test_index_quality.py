@@ -14,7 +14,7 @@ from unique_attn.__main__ import main
 from unique_attn.bench import _quality, index_quality
 from unique_attn.bench._index_formats import FORMATS, OUTLIERS, like_compressed, shipped
 from unique_attn.bench._real_keys import RealKeys, texts
-from unique_attn.reference_index import group_channels
+from unique_attn.index_format import group_channels
 
 
 def random_keys(dim: int = 64, tokens: int = 333, page_size: int = 8) -> RealKeys:

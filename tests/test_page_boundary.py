@@ -150,9 +150,9 @@ def test_where_a_gate_begins(device: str) -> None:
 def test_spread_has_the_documented_defaults(device: str) -> None:
     for rule, default in [("unique", 0.5), ("directional", 2.0)]:
         case = build(TrainSpec((60,), rule=rule), device)
-        assert_same(run(case), run(case, spread=default))
-        assert not torch.equal(run(case), run(case, spread=default / 2))
-        assert_same(run(case, spread=0.0), run(case, spread=-0.0))
+        assert_same(run(case), run(case, spread_weight=default))
+        assert not torch.equal(run(case), run(case, spread_weight=default / 2))
+        assert_same(run(case, spread_weight=0.0), run(case, spread_weight=-0.0))
 
 
 # ---- Packing, layouts, chunks. ----
@@ -205,7 +205,7 @@ def test_many_tokens(device: str, rule: str) -> None:
         rows = torch.tensor([t for t in range(tokens) if part.start <= t < part.stop and t % 97 < 2]) - part.start
         q, k = case.q[part].cpu().double(), case.k[part].cpu().double()
         scores = reference_train.group_max(
-            reference_train.head_scores(q[rows], k, rule, 4, spec.spread, torch.bfloat16)
+            reference_train.head_scores(q[rows], k, rule, 4, spec.weight, torch.bfloat16)
         )
         mask = reference_train.candidate_mask(length, scores.shape[-1], 4, 1, 1)[rows]
         expected = reference_train.boundary(scores, mask, 38, torch.bfloat16)

@@ -35,12 +35,12 @@ def run(case: Case, **options: Any) -> Tensor:
     return ops.page_scores(case.q, case.index, *table, **{**case.scoring, **options})
 
 
-def magnitude(case: Case, spread: float | None) -> float:
+def magnitude(case: Case, weight: float | None) -> float:
     """A bound of the sums of absolute terms that make the scores."""
     parts = reference.decode_index(case.index, **case.stored)
     entry = sum(part.double().nan_to_num(0, 0, 0).abs().amax() for part in parts)
     q = case.q.double().nan_to_num(0, 0, 0).norm(dim=-1).max() if case.q.numel() else 0.0
-    return float(q * entry) * case.spec.head_dim**0.5 * max(1.0, spread or 0.0)
+    return float(q * entry) * case.spec.head_dim**0.5 * max(1.0, weight or 0.0)
 
 
 def assert_scores(case: Case, scores: Tensor, **options: Any) -> None:
@@ -50,7 +50,7 @@ def assert_scores(case: Case, scores: Tensor, **options: Any) -> None:
     exact = reference.page_scores(*args, **scoring, rounded=False)
     single = reference.page_scores(*args, **scoring, compute_dtype=accumulator(case.spec.dtype))
     assert scores.dtype == single.dtype == ops.score_dtype(case.spec.dtype)
-    assert_close(scores, exact, single, "scores", magnitude(case, options.get("spread")))
+    assert_close(scores, exact, single, "scores", magnitude(case, options.get("spread_weight")))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,8 +59,8 @@ def assert_scores(case: Case, scores: Tensor, **options: Any) -> None:
 @examples(25)
 def test_equals_the_oracle(device: str, rule: str, index_format: str, data: st.DataObject) -> None:
     case = build(data.draw(specs(rule=rule, index_format=index_format)), device)
-    spread = data.draw(st.sampled_from([None, 0.0, 0.3, 7.0]), label="spread")
-    assert_scores(case.to("cpu"), run(case, spread=spread), spread=spread)
+    weight = data.draw(st.sampled_from([None, 0.0, 0.3, 7.0]), label="weight")
+    assert_scores(case.to("cpu"), run(case, spread_weight=weight), spread_weight=weight)
 
 
 @pytest.mark.parametrize("device", DEVICES)

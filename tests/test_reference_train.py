@@ -15,7 +15,7 @@ from op_cases import examples
 from torch import Tensor
 from training_cases import BOUNDARIES, RULES, TrainCase, TrainSpec, build, train_specs
 
-from unique_attn import reference, reference_train
+from unique_attn import ops, reference, reference_train
 
 DOUBLE = st.just(torch.float64)
 
@@ -105,7 +105,7 @@ def test_the_boundary_separates_what_decoding_selects(spec: TrainSpec) -> None:
     case = build(spec)
     theta = boundary(case)
     for part in case.sequences:
-        args = (spec.rule, spec.page_size, spec.spread, spec.dtype)
+        args = (spec.rule, spec.page_size, spec.weight, spec.dtype)
         scores = reference_train.group_max(
             reference_train.head_scores(case.q[part].double(), case.k[part].double(), *args)
         )
@@ -131,11 +131,11 @@ def test_the_boundary_separates_what_decoding_selects(spec: TrainSpec) -> None:
 def test_scores_are_those_of_the_decode_oracle(rule: str) -> None:
     case = build(TrainSpec((50,), group=3, head_dim=24, dtype=torch.bfloat16, rule=rule))
     q, k = case.q.double(), case.k.double()
-    spread = reference.DEFAULT_SPREAD[rule]
-    got = reference_train.head_scores(q, k, rule, 4, spread, torch.bfloat16)
+    weight = ops.RULES[rule].weight
+    got = reference_train.head_scores(q, k, rule, 4, weight, torch.bfloat16)
     paged = k[:48].view(12, 4, 2, 24).permute(2, 0, 1, 3)
     entry = tuple(part.bfloat16().double() for part in reference.page_entry(paged, rule))
-    expected = torch.stack([reference.rule_score(q[t].view(2, 3, 24), entry, rule, spread) for t in range(50)])
+    expected = torch.stack([reference.rule_score(q[t].view(2, 3, 24), entry, rule, weight) for t in range(50)])
     torch.testing.assert_close(got, expected)
 
 

@@ -65,7 +65,7 @@ def test_gradcheck(mode: str, rule: str) -> None:
         gradcheck(function, q, k, v)
     else:
         gradcheck(lambda k, v: function(q.detach(), k, v), k, v)
-        gradcheck(lambda q, k, v: function(q, k, v, spread=0.0), q, k, v)
+        gradcheck(lambda q, k, v: function(q, k, v, spread_weight=0.0), q, k, v)
 
 
 @pytest.mark.parametrize("device", DEVICES)

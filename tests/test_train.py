@@ -39,7 +39,7 @@ from training_cases import (
     train_specs,
 )
 
-from unique_attn import ops, reference, train
+from unique_attn import ops, train
 
 
 def masked(case: TrainCase, *leaves: Tensor, **options: Any) -> Tensor:
@@ -81,9 +81,9 @@ def decode(case: TrainCase, part: slice, index_format: str = "exact") -> tuple[T
 @examples(5)
 def test_hard_mode_equals_decoding_token_by_token(device: str, dtype: torch.dtype, data: st.DataObject) -> None:
     """The same pages for every token, bit for bit, and outputs within the error of PyTorch in the same precision."""
-    rules = st.sampled_from(list(reference.DEFAULT_SPREAD))
+    rules = st.sampled_from(list(ops.RULES))
     case = build(data.draw(train_specs(dtype=dtype, rule=rules, mode="hard", kv_heads=2)), device)
-    formats = ["exact"] if case.spec.rule == "minmax" else FORMATS
+    formats = FORMATS if ops.RULES[case.spec.rule].compressible else ["exact"]
     index_format = data.draw(st.sampled_from(formats), label="index_format")
     pages, got = select(case, index_format), masked(case, index_format=index_format)
     steps = [decode(case, part, index_format) for part in case.sequences if part.stop > part.start]
@@ -99,7 +99,7 @@ def test_hard_mode_equals_decoding_token_by_token(device: str, dtype: torch.dtyp
 @given(data=st.data())
 @examples(10)
 def test_the_index_is_the_one_that_decoding_builds(device: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    rules = st.sampled_from(list(reference.DEFAULT_SPREAD))
+    rules = st.sampled_from(list(ops.RULES))
     case = build(data.draw(train_specs(dtype=dtype, rule=rules, mode="hard")), device)
     spec, size = case.spec, case.spec.page_size
     packed = train.packed_index(case.k, *case.packing, rule=spec.rule, page_size=size)

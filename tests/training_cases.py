@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from op_cases import DTYPES, GROUPS, accumulator, assert_close, assert_same, token_layout, typical_size
 from torch import Tensor
 
-from unique_attn import ops, reference, reference_train, train
+from unique_attn import ops, reference_train, train
 
-RULES = ["mean", "unique", "directional"]
+RULES = [rule for rule, info in ops.RULES.items() if info.trainable]
 MODES = ["soft", "hard", "dense"]
 LAYOUTS = ["dense", "heads_first", "fused", "channels_last_but_one", "odd_offset"]
 HEAD_DIMS = [8, 16, 24, 40, 64, 72, 80, 128, 136, 256]
@@ -74,8 +74,8 @@ class TrainSpec:
         return {"rule": self.rule, "page_size": self.page_size, **fixed}
 
     @property
-    def spread(self) -> float:
-        return reference.DEFAULT_SPREAD[self.rule]
+    def weight(self) -> float:
+        return ops.RULES[self.rule].weight
 
     @property
     def max_seqlen(self) -> int:
@@ -124,7 +124,7 @@ class TrainCase:
 
 def head_margin(q: Tensor, keys: Tensor, spec: TrainSpec) -> Tensor:
     """For each query ``[L, H]``: whether on some page its two best heads are closer than roundings may move them."""
-    args = (spec.rule, spec.page_size, spec.spread, spec.dtype)
+    args = (spec.rule, spec.page_size, spec.weight, spec.dtype)
     exact = reference_train.head_scores(q.double(), keys.double(), *args)
     square = torch.bfloat16 if spec.dtype.itemsize == 2 else None
     run = accumulator(spec.dtype)
@@ -246,7 +246,7 @@ def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
         q, k, v = (x[part] for x in leaves)
         per_query = {n: None if options[n] is None else options[n][part] for n in ("theta", "pages")}
         gates = reference_train.key_gates(
-            q.to(wide), k.to(wide), **{**options, **per_query}, spread=spec.spread, entry_dtype=spec.dtype,
+            q.to(wide), k.to(wide), **{**options, **per_query}, spread_weight=spec.weight, entry_dtype=spec.dtype,
             **cuda_roundings(case, wide),
         )  # fmt: skip
         group_q = q.view(len(q), spec.kv_heads, spec.group, spec.head_dim)
@@ -277,7 +277,7 @@ def assert_attention(case: TrainCase, got: dict[str, Tensor], mask: dict[str, Te
     product = typical_size(case.q) * typical_size(case.k) * spec.head_dim**0.5
     logit = scale * product
     if spec.mode == "soft":
-        logit += (1 + spec.spread * spec.head_dim**0.5) * product / spec.tau
+        logit += (1 + spec.weight * spec.head_dim**0.5) * product / spec.tau
     cancelling = scale * typical_size(case.grad_out) * typical_size(case.v) * spec.head_dim**0.5
     factor = {"dq": case.k, "dk": case.q}
     dtypes = {"lse": accumulator(spec.dtype)}
@@ -310,7 +310,7 @@ def assert_boundary(case: TrainCase, theta: Tensor) -> None:
     run = accumulator(spec.dtype)
     same = reference_train.page_boundary(*args, **spec.scoring, compute_dtype=run, square_dtype=square)
     assert theta.dtype == run
-    terms = typical_size(case.q) * typical_size(case.k) * spec.head_dim * (1 + spec.spread)
+    terms = typical_size(case.q) * typical_size(case.k) * spec.head_dim * (1 + spec.weight)
     assert_close(theta, exact, same, "theta", terms)
 
 

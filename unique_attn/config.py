@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from unique_attn._checked import CheckedConfig
-
-RULES = ("mean", "unique", "directional", "minmax")
-PAGE_SIZES = (4, 8, 16, 32, 64)
-INDEX_FORMATS = ("exact", "compressed")
-MAX_PAGES = 4096  # pages that topk_pages can select
+from unique_attn.rules import INDEX_FORMATS, MAX_PAGES, PAGE_SIZES, RULES
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class UniqueConfig(CheckedConfig):
         c: standard deviations that the ``directional`` rule adds to the mean.
         block_size: tokens per physical block of the paged storage; a multiple of ``page_size``.
         index_format: storage of the page index: ``exact`` keeps it in the keys' dtype, ``compressed`` in about 7 bits
-            per channel of a page (every rule but ``minmax``; not for training with soft gates).
+            per channel of a page (not for ``minmax``; not for training with soft gates).
         dense_below: contexts of fewer tokens use dense attention; ``None`` means ``budget``, below which sparse
             attention would read everything anyway.
         dense_layers: indices of layers that always use dense attention.
@@ -44,8 +40,8 @@ class UniqueConfig(CheckedConfig):
     budget: int = 512
     sink_pages: int = 1
     recent_pages: int = 1
-    lambda_: float = 0.5
-    c: float = 2.0
+    lambda_: float = RULES["unique"].weight
+    c: float = RULES["directional"].weight
     block_size: int = 64
     index_format: str = "exact"
     dense_below: int | None = None
@@ -53,7 +49,7 @@ class UniqueConfig(CheckedConfig):
     max_decode_tokens: int = 32
 
     def __post_init__(self) -> None:
-        self._choice("rule", RULES)
+        self._choice("rule", tuple(RULES))
         self._integer("page_size", 1)
         self._choice("page_size", PAGE_SIZES)
         self._integer("budget", 1)
@@ -64,9 +60,11 @@ class UniqueConfig(CheckedConfig):
             self._number(name)
         self._integer("block_size", 1)
         self._multiple("block_size", self.page_size)
-        self._choice("index_format", INDEX_FORMATS)
-        if self.index_format == "compressed" and self.rule == "minmax":
-            raise ValueError("UniqueConfig.index_format: expected exact with rule 'minmax', got 'compressed'")
+        self._choice("index_format", tuple(INDEX_FORMATS))
+        if self.index_format != "exact" and not RULES[self.rule].compressible:
+            raise ValueError(
+                f"UniqueConfig.index_format: expected exact with rule {self.rule!r}, got {self.index_format!r}"
+            )
         if self.dense_below is not None:
             self._integer("dense_below", 0)
         self._layers("dense_layers")
@@ -88,9 +86,10 @@ class UniqueConfig(CheckedConfig):
         return self.budget // self.page_size
 
     @property
-    def spread(self) -> float:
-        """The rule's weight of a page's spread: ``lambda_`` or ``c``; 0 for rules without one."""
-        return {"unique": self.lambda_, "directional": self.c}.get(self.rule, 0.0)
+    def spread_weight(self) -> float:
+        """The rule's weight of a page's spread: ``lambda_`` or ``c``; a rule's default if it has no field here."""
+        info = RULES[self.rule]
+        return float(getattr(self, info.weight_name, info.weight)) if info.weight_name else info.weight
 
     @property
     def dense_limit(self) -> int:

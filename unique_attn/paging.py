@@ -371,7 +371,7 @@ class LayerPages:
             num_pages,
             rule=config.rule,
             page_size=config.page_size,
-            spread=config.spread,
+            spread_weight=config.spread_weight,
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             scale=scale,

@@ -5,8 +5,8 @@ in ``compute_dtype`` (fp64 by default) whatever the inputs' dtype is, and attent
 kernel's error can be measured against them. Two roundings belong to the definition and are made here too: index
 entries are stored in the keys' dtype or compressed, scores in the dtype they are ordered by.
 
-Nothing here is fast, and nothing here uses the compiled library. Sources: UNIQUE (arXiv 2605.27740) section 3;
-`minmax` is Quest's bound; `directional` is this project's.
+Nothing here is fast, and of the compiled library it takes only the table of rules: what an entry holds, and default
+weights. Sources: UNIQUE (arXiv 2605.27740) section 3; `minmax` is Quest's bound; `directional` is this project's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unique_attn.reference_index import compress, decode_index, encode_entry, new_index, page_entry  # noqa: F401
-
-DEFAULT_SPREAD = {"mean": 0.0, "unique": 0.5, "directional": 2.0, "minmax": 0.0}
-
+from unique_attn.index_format import decode_index
+from unique_attn.reference_index import compress, encode_entry, new_index, page_entry  # noqa: F401
+from unique_attn.rules import rule_info, weight_of
 
 # ---- Positions: what a query may see. ----
 
@@ -102,16 +101,16 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def rule_score(q: Tensor, entry: tuple[Tensor, ...], rule: str, spread: float) -> Tensor:
+def rule_score(q: Tensor, entry: tuple[Tensor, ...], rule: str, weight: float) -> Tensor:
     """Scores ``[..., G, n]`` of queries ``[..., G, D]`` on n entries ``[..., n, D]`` (the scalar: ``[..., n]``)."""
     if rule == "minmax":  # relu(q) . max - relu(-q) . min
         upper, lower, each = entry[0].unsqueeze(-3), entry[1].unsqueeze(-3), q.unsqueeze(-2)
         return (each * torch.where(each > 0, upper, lower)).sum(-1)
     score = q @ entry[0].mT
     if rule == "unique":  # q . mean + lambda * norm(q) * std
-        return score + spread * q.norm(dim=-1, keepdim=True) * entry[1].unsqueeze(-2)
+        return score + weight * q.norm(dim=-1, keepdim=True) * entry[1].unsqueeze(-2)
     if rule == "directional":  # q . mean + c * sqrt(sum_d q_d^2 var_d)
-        return score + spread * (q.square() @ entry[1].square().mT).sqrt()
+        return score + weight * (q.square() @ entry[1].square().mT).sqrt()
     return score
 
 
@@ -123,7 +122,7 @@ def page_scores(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     window: int = 0,
     index_format: str = "exact",
     compute_dtype: torch.dtype = torch.float64,
@@ -135,7 +134,7 @@ def page_scores(
     """
     batch, num_tokens, q_heads, head_dim = q.shape
     _, kv_heads, pages_per_block, _ = index.shape
-    spread = DEFAULT_SPREAD[rule] if spread is None else spread
+    weight = weight_of(rule_info(rule), spread_weight)
     parts = decode_index(index, rule=rule, dtype=q.dtype, index_format=index_format, head_dim=head_dim)
     num_pages = block_table.shape[1] * pages_per_block
     scores = q.new_full((batch, num_tokens, kv_heads, num_pages), -torch.inf, dtype=compute_dtype)
@@ -146,7 +145,7 @@ def page_scores(
             blocks, inner = block_table[b, pages // pages_per_block].long(), pages % pages_per_block
             entry = tuple(part[blocks, :, inner].transpose(0, 1).to(compute_dtype) for part in parts)
             heads = q[b, t].to(compute_dtype).view(kv_heads, q_heads // kv_heads, head_dim)
-            scores[b, t, :, visible.start : visible.stop] = rule_score(heads, entry, rule, spread).amax(1)
+            scores[b, t, :, visible.start : visible.stop] = rule_score(heads, entry, rule, weight).amax(1)
     return scores.to(score_dtype(q.dtype)) if rounded else scores
 
 
@@ -300,7 +299,7 @@ def unique_decode(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
@@ -322,7 +321,7 @@ def unique_decode(
     )  # fmt: skip
     scores = page_scores(
         q, index, block_table, seq_lens,
-        rule=rule, page_size=page_size, spread=spread, window=window, index_format=index_format,
+        rule=rule, page_size=page_size, spread_weight=spread_weight, window=window, index_format=index_format,
         compute_dtype=compute_dtype,
     )  # fmt: skip
     pages = topk_pages(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unique_attn import reference
+from unique_attn.rules import rule_info, weight_of
 
 
 def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,7 +44,7 @@ def head_scores(
     keys: Tensor,
     rule: str,
     page_size: int,
-    spread: float,
+    weight: float,
     entry_dtype: torch.dtype,
     *,
     spread_q: Tensor | None = None,
@@ -66,14 +67,14 @@ def head_scores(
         root = total.detach().sqrt().clamp(max=torch.finfo(entry_dtype).max)
         stored = root.to(entry_dtype).to(q.dtype).square()
         std = safe_sqrt(total + (stored - total.detach()))  # gradients go by the stored root, as below
-        scores = scores + spread * fixed.norm(dim=-1)[..., None] * std[None, :, None]
+        scores = scores + weight * fixed.norm(dim=-1)[..., None] * std[None, :, None]
     elif rule == "directional":
         stored = var.detach().sqrt().to(entry_dtype).to(q.dtype).square()  # the entry holds the root
         squares = fixed.square()
         if square_dtype is not None:
             stored, squares = (x.to(square_dtype).to(q.dtype) for x in (stored, squares))
         var = var + (stored - var.detach())
-        scores = scores + spread * safe_sqrt(torch.einsum("lhgd,hpd->lhgp", squares, var))
+        scores = scores + weight * safe_sqrt(torch.einsum("lhgd,hpd->lhgp", squares, var))
     elif rule != "mean":
         raise ValueError(f"rule: expected mean, unique or directional, got {rule!r}")
     return scores
@@ -120,7 +121,7 @@ def page_boundary(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     rounded: bool = True,
@@ -131,13 +132,13 @@ def page_boundary(
 
     ``rounded=False`` orders the scores in ``compute_dtype`` instead of the dtype they are ordered by.
     """
-    spread = reference.DEFAULT_SPREAD[rule] if spread is None else spread
+    weight = weight_of(rule_info(rule), spread_weight)
     wanted = num_pages - sink_pages - recent_pages
     key_dtype = reference.score_dtype(q.dtype) if rounded else compute_dtype
     theta = [q.new_zeros((0, k.shape[1]), dtype=compute_dtype)]
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         part_q, part_k = (x[start:end].detach().to(compute_dtype) for x in (q, k))
-        scores = group_max(head_scores(part_q, part_k, rule, page_size, spread, k.dtype, square_dtype=square_dtype))
+        scores = group_max(head_scores(part_q, part_k, rule, page_size, weight, k.dtype, square_dtype=square_dtype))
         candidates = candidate_mask(end - start, scores.shape[-1], page_size, sink_pages, recent_pages)
         theta.append(boundary(scores, candidates.to(q.device), wanted, key_dtype))
     return torch.cat(theta)
@@ -164,7 +165,7 @@ def key_gates(
     pages: Tensor | None,
     rule: str,
     page_size: int,
-    spread: float,
+    weight: float,
     sink_pages: int,
     recent_pages: int,
     entry_dtype: torch.dtype,
@@ -181,7 +182,7 @@ def key_gates(
     if theta is not None:
         assert tau is not None
         scores = head_scores(
-            q, keys, rule, page_size, spread, entry_dtype, spread_q=spread_q, square_dtype=square_dtype
+            q, keys, rule, page_size, weight, entry_dtype, spread_q=spread_q, square_dtype=square_dtype
         )
         page_gates = soft_gates(group_max(scores), theta, tau)
         if gate_dtype is not None:
@@ -207,7 +208,7 @@ def soft_mask_attention(
     pages: Tensor | None = None,
     rule: str = "directional",
     page_size: int = 8,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
@@ -223,7 +224,7 @@ def soft_mask_attention(
     of ``k`` by default (fp64 leaves of a bf16 run give bf16 here). ``spread_q`` and ``square_dtype``: see
     :func:`head_scores`; ``gate_dtype``: see :func:`key_gates`.
     """
-    spread = reference.DEFAULT_SPREAD[rule] if spread is None else spread
+    weight = weight_of(rule_info(rule), spread_weight)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     outs, lses = [q[:0].to(compute_dtype)], [q[:0, :, 0].to(compute_dtype)]
@@ -239,7 +240,7 @@ def soft_mask_attention(
             tau=tau,
             rule=rule,
             page_size=page_size,
-            spread=spread,
+            weight=weight,
             sink_pages=sink_pages,
             recent_pages=recent_pages,
             entry_dtype=entry_dtype or k.dtype,

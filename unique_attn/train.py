@@ -14,8 +14,8 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from unique_attn import ops
-from unique_attn.config import PAGE_SIZES
 from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.rules import PAGE_SIZES, choices
 
 Mode = Literal["soft", "hard", "dense"]
 _QUERY_CHUNK = 16  # query tokens that one row of `page_scores` takes
@@ -44,7 +44,7 @@ def _check_packed(
     if max_seqlen < 0:
         _refuse(function, "max_seqlen", "at least 0", max_seqlen)
     if page_size not in PAGE_SIZES:
-        _refuse(function, "page_size", "4, 8, 16, 32 or 64", page_size)
+        _refuse(function, "page_size", choices(PAGE_SIZES), page_size)
 
 
 def _check_bounds(function: str, tokens: int, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
@@ -170,7 +170,7 @@ def select_pages(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     index_format: str = "exact",
@@ -187,7 +187,7 @@ def select_pages(
         num_pages: pages per query, sink and recent ones included.
         rule: name of the scoring rule.
         page_size: tokens per page.
-        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
+        spread_weight: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
         sink_pages: first pages of a sequence, always selected.
         recent_pages: last pages up to the query's own, always selected; at least 1.
         index_format: what the index was made with.
@@ -222,7 +222,12 @@ def select_pages(
     # A chunk past its sequence's end has no query: length 0.
     seq_lens = torch.where(inside[:, 0], begin + _QUERY_CHUNK, 0).int()
     per_chunk = _QUERY_CHUNK * heads * table.shape[1] * index.shape[2] * ops.score_dtype(q.dtype).itemsize
-    scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread": spread, "index_format": index_format}
+    scoring: dict[str, Any] = {
+        "rule": rule,
+        "page_size": page_size,
+        "spread_weight": spread_weight,
+        "index_format": index_format,
+    }
     step = max(1, _SCORE_BYTES // max(per_chunk, 1))
     for start in range(0, chunks.shape[0], step):
         part = slice(start, start + step)
@@ -249,7 +254,7 @@ def masked_attention(
     tau: torch.Tensor | None = None,
     rule: str = "directional",
     page_size: int = 8,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
@@ -272,7 +277,7 @@ def masked_attention(
         tau: 0-dim fp32 temperature on q's device, positive, in score units; soft mode.
         rule: scoring rule of the pages; every rule but ``minmax`` in soft mode.
         page_size: tokens per page; pages start at each sequence's start.
-        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
+        spread_weight: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
         sink_pages: first pages of a sequence, always visible.
         recent_pages: last pages up to the query's own, always visible; at least 1.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
@@ -298,7 +303,7 @@ def masked_attention(
     _check_bounds("masked_attention", q.shape[0], cu_seqlens, max_seqlen)
     if mode != "dense":
         _check_budget("masked_attention", num_pages, sink_pages, recent_pages)
-    scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread": spread}
+    scoring: dict[str, Any] = {"rule": rule, "page_size": page_size, "spread_weight": spread_weight}
     fixed: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages}
     mask: dict[str, Any] = {}
     if mode == "soft":

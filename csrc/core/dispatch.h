@@ -1,32 +1,15 @@
-// The only switch macros: a runtime enum becomes a type inside the given statement.
+// The only dispatches: a runtime enum becomes a type inside the given statement.
 #pragma once
 
-#include "core/index/format.h"
+#include "core/rules.h"
 #include "core/types.h"
 
-#define UA_DISPATCH_RULE(rule, RuleT, ...)          \
-  switch (rule) {                                   \
-    case ::unique_attn::Rule::kMean: {              \
-      using RuleT = ::unique_attn::MeanRule;        \
-      __VA_ARGS__;                                  \
-      break;                                        \
-    }                                               \
-    case ::unique_attn::Rule::kUnique: {            \
-      using RuleT = ::unique_attn::UniqueRule;      \
-      __VA_ARGS__;                                  \
-      break;                                        \
-    }                                               \
-    case ::unique_attn::Rule::kDirectional: {       \
-      using RuleT = ::unique_attn::DirectionalRule; \
-      __VA_ARGS__;                                  \
-      break;                                        \
-    }                                               \
-    case ::unique_attn::Rule::kMinMax: {            \
-      using RuleT = ::unique_attn::MinMaxRule;      \
-      __VA_ARGS__;                                  \
-      break;                                        \
-    }                                               \
-  }
+// The statement is a lambda: `return` leaves only it.
+#define UA_DISPATCH_RULE(rule, RuleT, ...)                         \
+  ::unique_attn::AllRules::visit(rule, [&](auto dispatched_rule) { \
+    using RuleT = typename decltype(dispatched_rule)::Type;        \
+    __VA_ARGS__;                                                   \
+  })
 
 // The rule and whether the index is compressed; not compressed for a rule that has no such entry.
 #define UA_DISPATCH_INDEX(format, rule, RuleT, kCompressed, ...)                       \
@@ -39,6 +22,28 @@
       __VA_ARGS__;                                                                     \
     }                                                                                  \
   })
+
+// The form of a score that is a form of products; nothing happens for another.
+#define UA_DISPATCH_FORM(form, kForm, ...)                                                \
+  switch (form) {                                                                         \
+    case ::unique_attn::ScoreForm::kMean: {                                               \
+      constexpr ::unique_attn::ScoreForm kForm = ::unique_attn::ScoreForm::kMean;         \
+      __VA_ARGS__;                                                                        \
+      break;                                                                              \
+    }                                                                                     \
+    case ::unique_attn::ScoreForm::kScalarSpread: {                                       \
+      constexpr ::unique_attn::ScoreForm kForm = ::unique_attn::ScoreForm::kScalarSpread; \
+      __VA_ARGS__;                                                                        \
+      break;                                                                              \
+    }                                                                                     \
+    case ::unique_attn::ScoreForm::kVectorSpread: {                                       \
+      constexpr ::unique_attn::ScoreForm kForm = ::unique_attn::ScoreForm::kVectorSpread; \
+      __VA_ARGS__;                                                                        \
+      break;                                                                              \
+    }                                                                                     \
+    case ::unique_attn::ScoreForm::kGeneral:                                              \
+      break;                                                                              \
+  }
 
 // F32, BF16 and F16 are the C++ types of the calling side (CPU or CUDA) for those dtypes.
 #define UA_DISPATCH_DTYPE(dtype, T, F32, BF16, F16, ...) \

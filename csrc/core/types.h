@@ -16,8 +16,17 @@ namespace unique_attn {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Page-scoring rules; rules.h defines what each one computes.
-enum class Rule : int { kMean, kUnique, kDirectional, kMinMax };
+// A page-scoring rule, by its place in the table of rules.h.
+enum class Rule : int {};
+
+// How a rule makes a score of a query, the mean a of a page's keys, and what its entry says of their spread. Kernels that
+// are not written for any rule are written for these.
+enum class ScoreForm : int {
+  kMean,          // q . a
+  kScalarSpread,  // q . a + weight * norm(q) * s, of one number s
+  kVectorSpread,  // q . a + weight * sqrt(sum_d (q_d b_d)^2), of one number b_d per channel
+  kGeneral,       // what the rule's functions say
+};
 
 // How the index stores the entries of a rule; index/format.h has the bytes.
 enum class IndexFormat : int { kExact, kCompressed };
@@ -26,6 +35,7 @@ constexpr int kMaxGroup = 16;        // query heads per KV head
 constexpr int kMaxQueryTokens = 16;  // query tokens per sequence in one decode step
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxPageSize = 64;
+constexpr int kPageSizes[] = {4, 8, 16, 32, 64};
 constexpr int kMaxSelectedPages = 4096;
 
 UA_HD constexpr size_t dtype_size(DType dtype) {
@@ -125,13 +135,13 @@ UA_HD PageRange visible_pages(int position, int window, int page_size) {
   return {first_visible_token(position, window) / page_size, position / page_size + 1};
 }
 
-// Pages that any query token from t to t_end - 1 sees, of the first `num_pages`: later tokens see later pages.
+// Pages that any query token from t to t_end - 1 sees, of the first `row_pages`: later tokens see later pages.
 UA_HD PageRange visible_pages(int seq_len, int num_query_tokens, int t, int t_end, int window, int page_size,
-                              int num_pages) {
+                              int row_pages) {
   const int last = query_position(seq_len, num_query_tokens, t_end - 1);
   if (last < 0) return {0, 0};
   const int first = first_visible_token(max_of(query_position(seq_len, num_query_tokens, t), 0), window);
-  const int end = min_of(last / page_size + 1, num_pages);
+  const int end = min_of(last / page_size + 1, row_pages);
   return {min_of(first / page_size, end), end};
 }
 

@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "core/index/format.h"
 
@@ -45,6 +46,20 @@ bool rows_aligned(const Tensor& tensor) {
 const Tensor& given(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.defined()) fail(op, name, "expected a tensor, got None");
   return tensor;
+}
+
+// "mean, unique or directional": the rules with a property.
+template <typename Has>
+std::string rule_names(Has has) {
+  std::vector<std::string> names;
+  for (const RuleFacts& facts : AllRules::kFacts) {
+    if (has(facts)) names.emplace_back(facts.name);
+  }
+  std::string list;
+  for (size_t i = 0; i < names.size(); ++i) {
+    list += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + names[i];
+  }
+  return list;
 }
 
 }  // namespace
@@ -151,7 +166,7 @@ void Arguments::head_dim(const char* name, int64_t head_dim) const {
 }
 
 void Arguments::page_size(int64_t page_size) const {
-  if (page_size != 4 && page_size != 8 && page_size != 16 && page_size != 32 && page_size != 64) {
+  if (std::find(std::begin(kPageSizes), std::end(kPageSizes), page_size) == std::end(kPageSizes)) {
     fail(op_, "page_size", "expected 4, 8, 16, 32 or 64, got ", page_size);
   }
 }
@@ -209,13 +224,14 @@ IndexView Arguments::index(const Tensor& index, int64_t index_format, Rule rule,
     fail(op_, "index_format", "expected 0 (exact) or 1 (compressed), got ", index_format);
   }
   const auto format = static_cast<IndexFormat>(index_format);
-  if (format == IndexFormat::kCompressed && rule == Rule::kMinMax) {
-    fail(op_, "rule", "expected mean, unique or directional for a compressed index, got minmax");
+  if (format == IndexFormat::kCompressed && !rule_facts(rule).compressible) {
+    fail(op_, "rule", "expected ", rule_names([](const RuleFacts& facts) { return facts.compressible; }),
+         " for a compressed index, got ", rule_facts(rule).name);
   }
   tensor("index", index, ScalarType::Byte, 4);
   if (num_blocks >= 0) size("index", index, 0, num_blocks, "the cache's blocks");
   size("index", index, 1, heads, "KV heads");
-  size("index", index, 3, static_cast<int64_t>(index_entry_bytes(rule, format, dtype_, static_cast<int>(head_dim))),
+  size("index", index, 3, index_entry_bytes(rule, format, dtype_, static_cast<int>(head_dim)),
        format == IndexFormat::kExact ? "bytes of an exact entry of this rule, head dimension and dtype"
                                      : "bytes of a compressed entry of this rule and head dimension");
   if (index.numel() > 0) {
@@ -232,10 +248,18 @@ IndexView Arguments::index(const Tensor& index, int64_t index_format, Rule rule,
 }
 
 Rule Arguments::rule(int64_t rule) const {
-  if (rule < 0 || rule > static_cast<int64_t>(Rule::kMinMax)) {
-    fail(op_, "rule", "expected 0 (mean), 1 (unique), 2 (directional) or 3 (minmax), got ", rule);
+  if (!is_rule(rule)) {
+    fail(op_, "rule", "expected the number of ", rule_names([](const RuleFacts&) { return true; }), " (0 to ",
+         AllRules::kCount - 1, "), got ", rule);
   }
   return static_cast<Rule>(rule);
+}
+
+void Arguments::trainable(Rule rule) const {
+  if (!rule_facts(rule).trainable) {
+    fail(op_, "rule", "expected ", rule_names([](const RuleFacts& facts) { return facts.trainable; }),
+         " for training, got ", rule_facts(rule).name);
+  }
 }
 
 void Arguments::seq_lens(const Tensor& seq_lens, int64_t batch) const {

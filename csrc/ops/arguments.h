@@ -14,7 +14,7 @@
 #include <string>
 
 #include "core/exec.h"
-#include "core/types.h"
+#include "core/rules.h"
 
 namespace unique_attn {
 
@@ -64,6 +64,7 @@ class Arguments {
   IndexView index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,
                   int64_t head_dim) const;
   Rule rule(int64_t rule) const;
+  void trainable(Rule rule) const;
   // block_table int32 [B, max_blocks] and seq_lens int32 [B], over a cache of `num_blocks` blocks.
   PageTable table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t num_blocks,
                   int64_t block_size, int64_t page_size) const;

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "int max_new_tokens, int page_size, int rule, int index_format) -> ()");
   m.def(
       "page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int page_size, int rule, "
-      "int index_format, float spread, int window) -> Tensor");
+      "int index_format, float spread_weight, int window) -> Tensor");
   m.def(
       "topk_pages(Tensor scores, Tensor seq_lens, int k, int page_size, int sink_pages, int recent_pages, "
       "int window, Tensor? budget_pages, Tensor? block_table, int pages_per_block) -> Tensor");
@@ -20,20 +20,21 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.def(
       "unique_decode(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
       "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, float "
-      "spread, int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, Tensor, "
+      "spread_weight, int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, "
+      "Tensor, "
       "Tensor)");
   m.def(
       "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
-      "float spread, int sink_pages, int recent_pages) -> Tensor");
+      "float spread_weight, int sink_pages, int recent_pages) -> Tensor");
   m.def(
       "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? "
       "theta, "
-      "Tensor? tau, Tensor? pages, int page_size, int rule, float spread, int sink_pages, int recent_pages, "
+      "Tensor? tau, Tensor? pages, int page_size, int rule, float spread_weight, int sink_pages, int recent_pages, "
       "float scale) -> (Tensor, Tensor)");
   m.def(
       "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
       "int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float "
-      "spread, "
+      "spread_weight, "
       "int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
 }
 

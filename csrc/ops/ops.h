@@ -42,7 +42,7 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
                                  int64_t index_format);
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
-                                   int64_t index_format, double spread, int64_t window);
+                                   int64_t index_format, double spread_weight, int64_t window);
 // `k_name` is what the op calls k.
 TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, const Tensor& seq_lens,
                                  const char* k_name, int64_t k, int64_t page_size, int64_t sink_pages,
@@ -58,7 +58,7 @@ void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
 void page_index(Tensor k_cache, Tensor index, Tensor block_table, Tensor start_lens, Tensor seq_lens,
                 int64_t max_new_tokens, int64_t page_size, int64_t rule, int64_t index_format);
 Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
-                   int64_t index_format, double spread, int64_t window);
+                   int64_t index_format, double spread_weight, int64_t window);
 Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, int64_t sink_pages,
                   int64_t recent_pages, int64_t window, std::optional<Tensor> budget_pages,
                   std::optional<Tensor> block_table, int64_t pages_per_block);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cach
 std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
                                                  Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
                                                  Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
-                                                 int64_t index_format, double spread, int64_t sink_pages,
+                                                 int64_t index_format, double spread_weight, int64_t sink_pages,
                                                  int64_t recent_pages, double scale, int64_t window,
                                                  std::optional<Tensor> budget_pages);
 

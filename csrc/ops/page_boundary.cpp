@@ -32,7 +32,7 @@ PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens
 
 IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, const PackedSequences& seqs,
                        int64_t num_kv_heads, int64_t head_dim, Tensor& keep) {
-  if (rule == Rule::kMinMax) fail(args.op(), "rule", "expected mean, unique or directional for training, got minmax");
+  args.trainable(rule);
   args.tensor("index", index, ScalarType::Byte, 4);
   const int64_t slots = num_page_slots(seqs.total_tokens, seqs.batch, seqs.page_size);
   if (index.size(0) < slots) {
@@ -44,7 +44,7 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
 }
 
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
-                     int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages) {
+                     int64_t rule, double spread_weight, int64_t sink_pages, int64_t recent_pages) {
   constexpr const char* kOp = "page_boundary";
   // Memory for the scores of one chunk of queries.
   constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
@@ -52,14 +52,15 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   args.floating("q", q, 3);
   PageBoundaryParams p{};
   p.dtype = args.dtype();
-  p.rule = args.rule(rule);
-  p.spread = spread;
+  const Rule chosen = args.rule(rule);
+  p.form = rule_facts(chosen).form;
+  p.spread_weight = spread_weight;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
   Tensor keep, keep_index;
   const TokenView view = packed_tokens(args, "q", q, keep);
   args.tensor("index", index, ScalarType::Byte, 4);
   args.groups(q.size(1), index.size(1));
-  p.index = packed_index(args, index, p.rule, p.seqs, index.size(1), q.size(2), keep_index);
+  p.index = packed_index(args, index, chosen, p.seqs, index.size(1), q.size(2), keep_index);
   args.range("k", k, 1, INT32_MAX);
   args.range("sink_pages", sink_pages, 0, k);
   args.range("recent_pages", recent_pages, 1, k);  // a query always sees its own page
@@ -87,7 +88,7 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
         static_cast<int>(std::clamp<int64_t>(kWorkspaceBytes / row_bytes, 64, std::max<int64_t>(q.size(0), 64)));
     workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), row_pages}, key);
     p.workspace = workspace.data_ptr();
-    if (p.rule == Rule::kDirectional && key != ScalarType::Float) {
+    if (p.form == ScoreForm::kVectorSpread && key != ScalarType::Float) {
       const int64_t slots = num_page_slots(p.seqs.total_tokens, p.seqs.batch, p.seqs.page_size);
       squares = torch::stable::new_empty(q, {slots, index.size(1), q.size(2)}, ScalarType::BFloat16);
       p.squares = squares.data_ptr();

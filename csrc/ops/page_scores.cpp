@@ -4,12 +4,12 @@ namespace unique_attn {
 
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
-                                   int64_t index_format, double spread, int64_t window) {
+                                   int64_t index_format, double spread_weight, int64_t window) {
   PageScoresCall call;
   PageScoresParams& p = call.params;
   p.dtype = args.dtype();
   p.rule = args.rule(rule);
-  p.spread = spread;
+  p.spread_weight = spread_weight;
   p.q = args.tokens("q", q, call.q);
   args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
   args.range("window", window, 0, INT32_MAX);
@@ -24,21 +24,21 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   p.num_kv_heads = static_cast<int>(index.size(1));
   p.head_dim = static_cast<int>(q.size(3));
   p.window = static_cast<int>(window);
-  const int64_t num_pages = block_table.size(1) * index.size(2);
-  p.num_pages = static_cast<int>(num_pages);
+  const int64_t row_pages = block_table.size(1) * index.size(2);
+  p.row_pages = static_cast<int>(row_pages);
   p.fill_outside = true;
   call.scores =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), num_pages}, score_type(q.scalar_type()));
+      torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), row_pages}, score_type(q.scalar_type()));
   p.scores = call.scores.data_ptr();
   return call;
 }
 
 Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,
-                   int64_t index_format, double spread, int64_t window) {
+                   int64_t index_format, double spread_weight, int64_t window) {
   constexpr const char* kOp = "page_scores";
   const Arguments args(kOp, "q", q);
   const PageScoresCall call =
-      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
+      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread_weight, window);
   if (checks_values(args)) check_values(kOp, {call.params.table, block_table, seq_lens}, call.params);
   Runner(kOp, q).run(call.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
   return call.scores;

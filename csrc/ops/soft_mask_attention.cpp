@@ -27,15 +27,16 @@ Tensor workspace_of([[maybe_unused]] const Tensor& q, [[maybe_unused]] SoftMaskF
 SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                      int64_t max_seqlen, const std::optional<Tensor>& index, const std::optional<Tensor>& theta,
                      const std::optional<Tensor>& tau, const std::optional<Tensor>& pages, int64_t page_size,
-                     int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages, double scale) {
+                     int64_t rule, double spread_weight, int64_t sink_pages, int64_t recent_pages, double scale) {
   SoftMaskCall call;
   SoftMaskForwardParams& p = call.params;
   args.floating("q", q, 3);
   args.floating("k", k, 3);
   args.floating("v", v, 3);
   p.dtype = args.dtype();
-  p.rule = args.rule(rule);
-  p.spread = spread;
+  const Rule chosen = args.rule(rule);
+  p.form = rule_facts(chosen).form;
+  p.spread_weight = spread_weight;
   p.scale = scale;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
   const TokenView q_view = packed_tokens(args, "q", q, call.q);
@@ -57,7 +58,7 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   // A query always sees its own page.
   args.range("recent_pages", recent_pages, p.mode == MaskMode::kDense ? 0 : 1, INT32_MAX);
   if (p.mode == MaskMode::kSoft) {
-    p.index = packed_index(args, *index, p.rule, p.seqs, k.size(1), q.size(2), call.index);
+    p.index = packed_index(args, *index, chosen, p.seqs, k.size(1), q.size(2), call.index);
     const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     args.tensor("theta", *theta, type, 2);
     args.size("theta", *theta, 0, q.size(0), "tokens of q");
@@ -74,7 +75,7 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
     args.contiguous("pages", *pages);
     if (checks_values(args)) check_selection(args.op(), *pages, (p.seqs.max_seqlen + page_size - 1) / page_size);
     p.pages = static_cast<const int32_t*>(pages->data_ptr());
-    p.num_pages = static_cast<int>(pages->size(2));
+    p.num_selected = static_cast<int>(pages->size(2));
   }
   p.num_q_heads = static_cast<int>(q.size(1));
   p.num_kv_heads = static_cast<int>(k.size(1));
@@ -92,12 +93,12 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
 std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int64_t max_seqlen,
                                              std::optional<Tensor> index, std::optional<Tensor> theta,
                                              std::optional<Tensor> tau, std::optional<Tensor> pages, int64_t page_size,
-                                             int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages,
-                                             double scale) {
+                                             int64_t rule, double spread_weight, int64_t sink_pages,
+                                             int64_t recent_pages, double scale) {
   constexpr const char* kOp = "soft_mask_forward";
   const Arguments args(kOp, "q", q);
-  SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule, spread,
-                              sink_pages, recent_pages, scale);
+  SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule,
+                              spread_weight, sink_pages, recent_pages, scale);
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
@@ -112,13 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q,
                                                       Tensor lse, Tensor cu_seqlens, int64_t max_seqlen,
                                                       std::optional<Tensor> index, std::optional<Tensor> theta,
                                                       std::optional<Tensor> tau, std::optional<Tensor> pages,
-                                                      int64_t page_size, int64_t rule, double spread,
+                                                      int64_t page_size, int64_t rule, double spread_weight,
                                                       int64_t sink_pages, int64_t recent_pages, double scale) {
   constexpr const char* kOp = "soft_mask_backward";
   const Arguments args(kOp, "q", q);
   SoftMaskBackwardParams p{};
-  SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule, spread,
-                              sink_pages, recent_pages, scale);
+  SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule,
+                              spread_weight, sink_pages, recent_pages, scale);
   args.floating("grad_out", grad_out, 3);
   args.floating("out", out, 3);
   for (int64_t dim = 0; dim < 3; ++dim) {

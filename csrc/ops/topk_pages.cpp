@@ -52,7 +52,7 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
   p.batch = static_cast<int>(batch);
   p.num_query_tokens = static_cast<int>(scores.size(1));
   p.num_kv_heads = static_cast<int>(scores.size(2));
-  p.num_pages = static_cast<int>(scores.size(3));
+  p.row_pages = static_cast<int>(scores.size(3));
   p.k = static_cast<int>(k);
   p.sink_pages = static_cast<int>(sink_pages);
   p.recent_pages = static_cast<int>(recent_pages);

@@ -20,19 +20,19 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
 // ---- The registered functions; library.cpp has their schemas. ----
 
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
-                     int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages);
+                     int64_t rule, double spread_weight, int64_t sink_pages, int64_t recent_pages);
 
 std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int64_t max_seqlen,
                                              std::optional<Tensor> index, std::optional<Tensor> theta,
                                              std::optional<Tensor> tau, std::optional<Tensor> pages, int64_t page_size,
-                                             int64_t rule, double spread, int64_t sink_pages, int64_t recent_pages,
-                                             double scale);
+                                             int64_t rule, double spread_weight, int64_t sink_pages,
+                                             int64_t recent_pages, double scale);
 
 std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
                                                       Tensor lse, Tensor cu_seqlens, int64_t max_seqlen,
                                                       std::optional<Tensor> index, std::optional<Tensor> theta,
                                                       std::optional<Tensor> tau, std::optional<Tensor> pages,
-                                                      int64_t page_size, int64_t rule, double spread,
+                                                      int64_t page_size, int64_t rule, double spread_weight,
                                                       int64_t sink_pages, int64_t recent_pages, double scale);
 
 }  // namespace unique_attn

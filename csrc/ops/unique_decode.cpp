@@ -5,7 +5,7 @@ namespace unique_attn {
 std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v,
                                                  Tensor k_cache, Tensor v_cache, Tensor index, Tensor block_table,
                                                  Tensor seq_lens, int64_t num_pages, int64_t page_size, int64_t rule,
-                                                 int64_t index_format, double spread, int64_t sink_pages,
+                                                 int64_t index_format, double spread_weight, int64_t sink_pages,
                                                  int64_t recent_pages, double scale, int64_t window,
                                                  std::optional<Tensor> budget_pages) {
   constexpr const char* kOp = "unique_decode";
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
   args.floating("q", q, 4);
   args.floating("k_cache", k_cache, 4);
   PageScoresCall scoring =
-      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread, window);
+      prepare_page_scores(args, q, index, block_table, seq_lens, page_size, rule, index_format, spread_weight, window);
   scoring.params.fill_outside = false;  // topk_pages reads visible pages only
   PageIndexCall indexing = prepare_page_index(args, k_cache, index, block_table, std::nullopt, seq_lens, q.size(1),
                                               page_size, rule, index_format);

@@ -88,12 +88,12 @@ void check_values(const char* op, const TableOnHost& host, PageScoresParams para
 }
 
 void check_values(const char* op, const TableOnHost& host, const TopkPagesParams& p) {
-  check_lengths(op, host.table, p.batch, int64_t{p.num_pages} * p.table.page_size);
+  check_lengths(op, host.table, p.batch, int64_t{p.row_pages} * p.table.page_size);
   if (!p.physical) return;
   for (int b = 0; b < p.batch; ++b) {
     check_blocks(op, host.table, b,
                  visible_pages(host.table.seq_lens[b], p.num_query_tokens, 0, p.num_query_tokens, p.window,
-                               p.table.page_size, p.num_pages));
+                               p.table.page_size, p.row_pages));
   }
 }
 
@@ -146,7 +146,7 @@ void check_tau(const char* op, const Tensor& tau) {
   if (!(value > 0.f)) fail(op, "tau", "expected a positive number, got ", value);
 }
 
-void check_selection(const char* op, const Tensor& pages, int64_t num_pages) {
+void check_selection(const char* op, const Tensor& pages, int64_t page_end) {
   const Tensor host = on_host(pages);
   const auto* values = static_cast<const int32_t*>(host.data_ptr());
   const int64_t width = pages.size(2);
@@ -155,8 +155,8 @@ void check_selection(const char* op, const Tensor& pages, int64_t num_pages) {
     const bool first = i % width == 0;
     const bool padding = values[i] == -1;
     const bool ascends = first || (values[i - 1] >= 0 && values[i - 1] + least_step <= values[i]);
-    if (!padding && !(values[i] >= 0 && values[i] < num_pages && ascends)) {
-      fail(op, "pages", "expected ascending pages below ", num_pages, ", then -1, got ", values[i],
+    if (!padding && !(values[i] >= 0 && values[i] < page_end && ascends)) {
+      fail(op, "pages", "expected ascending pages below ", page_end, ", then -1, got ", values[i],
            first ? "" : " after " + std::to_string(values[i - 1]), " at flat position ", i);
     }
   }

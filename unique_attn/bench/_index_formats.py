@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unique_attn.reference_index import compress, decode_float8, decompress, encode_float8
+from unique_attn.index_format import decode_float8, decompress
+from unique_attn.reference_index import compress, encode_float8
 
 Quantizer = Callable[[Tensor], Tensor]
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

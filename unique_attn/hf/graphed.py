@@ -11,13 +11,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unique_attn.config import MAX_PAGES, UniqueConfig
+from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import DynamicCache, cache_argument
 from unique_attn.hf.generate import decoding_loop, prompt_arguments, streamer_of_caller
 from unique_attn.hf.hooks import KEEPS, attention_modules, hook_of, language_config
 from unique_attn.hf.static_pages import StaticPages, windows_of
 from unique_attn.hf.step import GraphedStep, Sampler, greedy, sampler
 from unique_attn.hf.unchanged import Unchanged
+from unique_attn.rules import MAX_PAGES
 
 __all__ = ["GraphedDecoder", "StaticPages", "greedy", "sampler"]
 

@@ -12,6 +12,7 @@ from unique_attn import ops
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import family_of, warn_once
 from unique_attn.hf.handover import Refusal
+from unique_attn.rules import RULES, choices, rules_with
 from unique_attn.train import masked_attention, packed_index, page_slots
 from unique_attn.train_config import TrainConfig, check_progress
 
@@ -144,8 +145,9 @@ class TrainState:
         if train.mode != "dense" or train.hard_after is not None:
             if config.recent_pages < 1:
                 raise ValueError(f"config.recent_pages: expected at least 1 to train, got {config.recent_pages}")
-            if train.mode == "soft" and config.rule == "minmax":
-                raise ValueError("config.rule: expected mean, unique or directional with mode 'soft', got 'minmax'")
+            if train.mode == "soft" and not RULES[config.rule].trainable:
+                allowed = choices(rules_with(lambda info: info.trainable))
+                raise ValueError(f"config.rule: expected {allowed} with mode 'soft', got {config.rule!r}")
             if train.mode == "soft" and config.index_format != "exact":
                 raise ValueError(f"config.index_format: expected exact with mode 'soft', got {config.index_format!r}")
         self.config = config
@@ -265,7 +267,7 @@ class TrainState:
             tau=self.tau_on(q.device) if self.mode == "soft" else None,
             rule=self.config.rule,
             page_size=self.config.page_size,
-            spread=self.config.spread,
+            spread_weight=self.config.spread_weight,
             sink_pages=self.config.sink_pages,
             recent_pages=self.config.recent_pages,
             scale=scaling,
@@ -372,7 +374,7 @@ def _gate_sums(q: Tensor, k: Tensor, layout: Layout, config: UniqueConfig, tau: 
         (position + 1).int(),
         rule=config.rule,
         page_size=config.page_size,
-        spread=config.spread,
+        spread_weight=config.spread_weight,
         index_format=config.index_format,
     )[:, 0].float()
     last = position // config.page_size - config.recent_pages

@@ -3,8 +3,8 @@
 Decoding: append -> index -> scores -> top-k -> attention. Training: index -> boundary -> soft mask attention.
 """
 
+from unique_attn.index_format import decode_index, index_entry_bytes, new_index
 from unique_attn.ops._autograd import NotDifferentiableError
-from unique_attn.ops._rules import INDEX_FORMATS, RULES, decode_index, index_entry_bytes, new_index
 from unique_attn.ops.append_kv import append_kv
 from unique_attn.ops.page_boundary import page_boundary
 from unique_attn.ops.page_index import page_index
@@ -13,6 +13,7 @@ from unique_attn.ops.soft_mask_attention import soft_mask_attention
 from unique_attn.ops.sparse_decode import sparse_decode
 from unique_attn.ops.topk_pages import topk_pages
 from unique_attn.ops.unique_decode import unique_decode
+from unique_attn.rules import INDEX_FORMATS, RULES
 
 __all__ = [
     "INDEX_FORMATS",

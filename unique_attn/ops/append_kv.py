@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import same_device
+from unique_attn.ops._shared import same_device
 
 
 def append_kv(

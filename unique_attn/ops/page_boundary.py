@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autocast import autocast_inputs
-from unique_attn.ops._rules import rule_info, same_device
+from unique_attn.ops._shared import same_device
+from unique_attn.rules import rule_info, weight_of
 
 
 def page_boundary(
@@ -17,7 +18,7 @@ def page_boundary(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
 ) -> torch.Tensor:
@@ -41,7 +42,7 @@ def page_boundary(
         k: selected pages per query, sink and recent pages included.
         rule: ``mean``, ``unique`` or ``directional``.
         page_size: tokens per page; pages start at each sequence's start.
-        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
+        spread_weight: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
         sink_pages: first pages of a sequence, always visible.
         recent_pages: last pages up to the query's own, always visible; at least 1.
 
@@ -52,15 +53,15 @@ def page_boundary(
         ValueError: a wrong rank, shape, dtype, device, stride or number, naming the argument.
     """
     info = rule_info(rule)
-    spread = info.spread if spread is None else float(spread)
+    weight = weight_of(info, spread_weight)
     (q,) = autocast_inputs(q)
     return torch.ops.unique_attn.page_boundary(
-        q.detach(), index, cu_seqlens, max_seqlen, k, page_size, info.id, spread, sink_pages, recent_pages
+        q.detach(), index, cu_seqlens, max_seqlen, k, page_size, info.id, weight, sink_pages, recent_pages
     )
 
 
 @torch.library.register_fake("unique_attn::page_boundary")
-def _(q, index, cu_seqlens, max_seqlen, k, page_size, rule, spread, sink_pages, recent_pages):  # type: ignore[no-untyped-def]
+def _(q, index, cu_seqlens, max_seqlen, k, page_size, rule, spread_weight, sink_pages, recent_pages):  # type: ignore[no-untyped-def]
     same_device("page_boundary", q=q, index=index, cu_seqlens=cu_seqlens)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((q.shape[0], index.shape[1]), dtype=dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import format_id, rule_info, same_device
+from unique_attn.ops._shared import same_device
+from unique_attn.rules import format_id, rule_info
 
 
 def page_index(

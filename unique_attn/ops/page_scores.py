@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
-from unique_attn.ops._rules import format_id, rule_info, same_device
+from unique_attn.ops._shared import same_device
+from unique_attn.rules import format_id, rule_info, weight_of
 
 
 def page_scores(
@@ -16,7 +17,7 @@ def page_scores(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     window: int = 0,
     index_format: str = "exact",
 ) -> torch.Tensor:
@@ -33,7 +34,7 @@ def page_scores(
         seq_lens: int32 ``[B]``, tokens in the cache, the queries' own included.
         rule: the rule the index was written with.
         page_size: tokens per page.
-        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2); unused by the others.
+        spread_weight: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2); unused by the others.
         window: tokens a query sees (its own included), 0 for all.
         index_format: ``exact`` or ``compressed``, what the index was made with.
 
@@ -46,10 +47,10 @@ def page_scores(
             UNIQUE_ATTN_CHECK=1) also a length or a block that is out of range.
     """
     info = rule_info(rule)
-    spread = info.spread if spread is None else float(spread)
+    weight = weight_of(info, spread_weight)
     storage = format_id(index_format, rule)
     return torch.ops.unique_attn.page_scores(
-        q, index, block_table, seq_lens, page_size, info.id, storage, spread, window
+        q, index, block_table, seq_lens, page_size, info.id, storage, weight, window
     )
 
 
@@ -59,7 +60,7 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("unique_attn::page_scores")
-def _(q, index, block_table, seq_lens, page_size, rule, index_format, spread, window):  # type: ignore[no-untyped-def]
+def _(q, index, block_table, seq_lens, page_size, rule, index_format, spread_weight, window):  # type: ignore[no-untyped-def]
     same_device("page_scores", q=q, index=index, block_table=block_table, seq_lens=seq_lens)
     pages = block_table.shape[1] * index.shape[2]
     return q.new_empty((q.shape[0], q.shape[1], index.shape[1], pages), dtype=score_dtype(q.dtype))

@@ -8,7 +8,8 @@ import torch
 
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.ops._autograd import NotDifferentiableError
-from unique_attn.ops._rules import rule_info, same_device, softmax_scale
+from unique_attn.ops._shared import same_device, softmax_scale
+from unique_attn.rules import rule_info, weight_of
 
 
 def soft_mask_attention(
@@ -24,7 +25,7 @@ def soft_mask_attention(
     pages: torch.Tensor | None = None,
     rule: str = "directional",
     page_size: int = 8,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
@@ -59,7 +60,7 @@ def soft_mask_attention(
         pages: int32 ``[N, H, n]``, ascending logical pages of the query's sequence, padded with -1.
         rule: ``mean``, ``unique`` or ``directional``.
         page_size: tokens per page; pages start at each sequence's start.
-        spread: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
+        spread_weight: lambda of ``unique`` (default 0.5) or c of ``directional`` (default 2).
         sink_pages: first pages of a sequence, without a gate.
         recent_pages: last pages up to the query's own, without a gate; at least 1 with a mask.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
@@ -73,7 +74,7 @@ def soft_mask_attention(
         NotDifferentiableError: a second derivative is asked for.
     """
     info = rule_info(rule)
-    spread = info.spread if spread is None else float(spread)
+    weight = weight_of(info, spread_weight)
     scale = softmax_scale(q) if scale is None else float(scale)
     if tau is not None and not isinstance(tau, torch.Tensor):
         raise ValueError(f"soft_mask_attention: tau: expected a 0-dim float32 tensor, got {tau!r}")
@@ -86,7 +87,7 @@ def soft_mask_attention(
     q, k, v = autocast_inputs(q, k, v)
     return torch.ops.unique_attn.soft_mask_forward(
         q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages,
-        page_size, info.id, spread, sink_pages, recent_pages, scale,
+        page_size, info.id, weight, sink_pages, recent_pages, scale,
     )  # fmt: skip
 
 

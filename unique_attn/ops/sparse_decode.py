@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import register_no_backward
-from unique_attn.ops._rules import same_device, softmax_scale
+from unique_attn.ops._shared import same_device, softmax_scale
 
 
 def sparse_decode(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unique_attn.ops._rules import same_device
+from unique_attn.ops._shared import same_device
 
 
 def topk_pages(

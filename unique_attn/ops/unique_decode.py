@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from unique_attn.ops._autograd import reject_grad
-from unique_attn.ops._rules import format_id, rule_info, same_device, softmax_scale
+from unique_attn.ops._shared import same_device, softmax_scale
+from unique_attn.rules import format_id, rule_info, weight_of
 
 
 def unique_decode(
@@ -21,7 +22,7 @@ def unique_decode(
     *,
     rule: str,
     page_size: int,
-    spread: float | None = None,
+    spread_weight: float | None = None,
     sink_pages: int = 1,
     recent_pages: int = 1,
     scale: float | None = None,
@@ -45,7 +46,7 @@ def unique_decode(
         block_table: int32 ``[B, max_blocks]``.
         seq_lens: int32 ``[B]``, lengths after this step's T tokens.
         num_pages: pages per row (the budget in pages, k of the paper).
-        rule, page_size, spread, sink_pages, recent_pages, scale, window, budget_pages, index_format: as in the
+        rule, page_size, spread_weight, sink_pages, recent_pages, scale, window, budget_pages, index_format: as in the
             single ops.
 
     Returns:
@@ -57,7 +58,7 @@ def unique_decode(
         NotDifferentiableError: an input requires grad while grad mode is on.
     """
     info = rule_info(rule)
-    spread = info.spread if spread is None else float(spread)
+    weight = weight_of(info, spread_weight)
     scale = softmax_scale(q) if scale is None else float(scale)
     reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.unique_attn.unique_decode(
@@ -73,7 +74,7 @@ def unique_decode(
         page_size,
         info.id,
         format_id(index_format, rule),
-        spread,
+        weight,
         sink_pages,
         recent_pages,
         scale,
@@ -96,7 +97,7 @@ def _(  # type: ignore[no-untyped-def]
     page_size,
     rule,
     index_format,
-    spread,
+    spread_weight,
     sink_pages,
     recent_pages,
     scale,

@@ -72,6 +72,10 @@ struct TypeInfo<double> {
 template <typename T>
 using AccOf = typename TypeInfo<T>::Acc;
 
+// The score type of inputs of type T: what scores are rounded to and ordered by.
+template <typename T>
+using ScoreOf = std::conditional_t<sizeof(T) == 2, BF16, T>;
+
 template <typename Scalar, int kBytes>
 struct RawVector {
   typedef Scalar Type __attribute__((vector_size(kBytes)));

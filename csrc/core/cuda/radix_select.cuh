@@ -1,42 +1,12 @@
-// Radix select over the scores of one row by one thread block: the key of the k-th largest score. Exact, and
+// Radix select over the scores of one row by one thread block: the order key of the k-th largest score. Exact, and
 // independent of the order in which threads run.
 #pragma once
 
-#include "core/cuda/vec.cuh"
+#include "core/cuda/order_key.cuh"
 
 namespace unique_attn {
 
 constexpr int kRadixBins = 256;
-
-// Order-preserving keys: larger score, larger key. -0 counts as +0, NaN is the smallest key of all.
-__device__ __forceinline__ unsigned order_key(__nv_bfloat16 x) {
-  unsigned bits = __bfloat16_as_ushort(x);
-  if ((bits & 0x7fffu) > 0x7f80u) return 0u;
-  if (bits == 0x8000u) bits = 0u;
-  return bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-}
-
-__device__ __forceinline__ unsigned order_key(float x) {
-  unsigned bits = __float_as_uint(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0u;
-  if (bits == 0x80000000u) bits = 0u;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The score of a key; that of a NaN is -inf.
-template <typename Score>
-__device__ __forceinline__ float key_score(unsigned key);
-template <>
-__device__ __forceinline__ float key_score<__nv_bfloat16>(unsigned key) {
-  if (key == 0u) return -INFINITY;
-  const unsigned bits = key & 0x8000u ? key & 0x7fffu : ~key & 0xffffu;
-  return __uint_as_float(bits << 16);
-}
-template <>
-__device__ __forceinline__ float key_score<float>(unsigned key) {
-  if (key == 0u) return -INFINITY;
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
 
 struct RadixScratch {
   unsigned histogram[kRadixBins];

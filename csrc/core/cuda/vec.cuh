@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/half.h"
 #include "core/types.h"
 
 #define UA_DISPATCH_CUDA_DTYPE(dtype, T, ...) UA_DISPATCH_DTYPE(dtype, T, float, __nv_bfloat16, __half, __VA_ARGS__)

@@ -11,6 +11,7 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
 #include "core/decode/sparse_decode_common.cuh"
+#include "core/decode/split_plan.h"
 
 namespace unique_attn {
 namespace {
@@ -332,9 +333,10 @@ cudaError_t launch(const SparseDecodeParams& p, cudaStream_t stream) {
   const cudaError_t error = device_facts(device);
   if (error != cudaSuccess) return error;
   const int64_t blocks = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads * p.num_splits;
-  const bool work_for_four = pages_per_split * p.table.page_size > 2 * kTokens;
-  return blocks <= 2 * device.multiprocessors && work_for_four ? launch<T, DP, NT, 4>(p, pages_per_split, stream)
-                                                               : launch<T, DP, NT, 2>(p, pages_per_split, stream);
+  const int tokens_per_split = pages_per_split * p.table.page_size;
+  return plan_decode_warps(blocks, tokens_per_split, kTokens, device.multiprocessors) == 4
+             ? launch<T, DP, NT, 4>(p, pages_per_split, stream)
+             : launch<T, DP, NT, 2>(p, pages_per_split, stream);
 }
 
 template <typename T, int DP>

@@ -33,8 +33,12 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
   return {splits, partials * (head_dim + 1) * sizeof(float)};
 }
 
-int plan_score_chunk(int rows, int num_pages, int step, int slots) {
-  const int64_t steps = (num_pages + step - 1) / step;
+int plan_decode_warps(int64_t blocks, int tokens_per_split, int step_tokens, int multiprocessors) {
+  return blocks <= 2 * int64_t{multiprocessors} && tokens_per_split > 2 * step_tokens ? 4 : 2;
+}
+
+int plan_score_chunk(int rows, int row_pages, int step, int slots) {
+  const int64_t steps = (row_pages + step - 1) / step;
   int64_t best = 1, best_cost = INT64_MAX;
   for (int64_t n = 1; n <= std::min<int64_t>(steps, kMaxScoreSteps); ++n) {
     const int64_t blocks = rows * ((steps + n - 1) / n);

@@ -13,9 +13,7 @@ UA_INLINE void compress_entry(const Acc* means, const Acc* stds, int head_dim, u
   constexpr bool kSpreads = RuleT::kVectors > 1;
   const int channels = group_channels(head_dim);
   // All of it is written, so that equal pages have equal bytes.
-  __builtin_memset(entry, 0,
-                   index_entry_bytes(kSpreads ? Rule::kDirectional : Rule::kMean, IndexFormat::kCompressed,
-                                     DType::kFloat32, head_dim));
+  __builtin_memset(entry, 0, compressed_entry_bytes(kSpreads, head_dim));
   uint8_t* mean_codes = entry + means_offset(head_dim);
   uint8_t* std_codes = entry + spreads_offset(head_dim);
   for (int first = 0; first < head_dim; first += channels) {

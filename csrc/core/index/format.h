@@ -120,15 +120,23 @@ UA_HD GroupScales group_scales(bool finite, float outlier, float rest, float spr
 
 // ---- Sizes. ----
 
-UA_HD constexpr int rule_vectors(Rule rule) { return rule == Rule::kDirectional || rule == Rule::kMinMax ? 2 : 1; }
+// Bytes of an entry with so many vectors and perhaps a scalar; `dtype` is that of the keys.
+UA_HD constexpr int exact_entry_bytes(int vectors, bool scalar, DType dtype, int head_dim) {
+  return static_cast<int>(vectors * head_dim * dtype_size(dtype) + (scalar ? kScalarBytes : 0));
+}
 
-// Bytes of an entry; `dtype` is that of the keys. The compressed format has no entry for `minmax`.
-UA_HD constexpr size_t index_entry_bytes(Rule rule, IndexFormat format, DType dtype, int head_dim) {
-  if (format == IndexFormat::kExact) {
-    return rule_vectors(rule) * head_dim * dtype_size(dtype) + (rule == Rule::kUnique ? kScalarBytes : 0);
-  }
-  const int used = spreads_offset(head_dim) + (rule == Rule::kDirectional ? head_dim / 4 : 0);
-  return (used + 15) / 16 * 16;
+// What is used of a compressed entry, and its bytes. Only a vector of spreads has codes of its own.
+UA_HD constexpr int compressed_entry_end(bool spread_codes, int head_dim) {
+  return spreads_offset(head_dim) + (spread_codes ? head_dim / 4 : 0);
+}
+UA_HD constexpr int compressed_entry_bytes(bool spread_codes, int head_dim) {
+  return (compressed_entry_end(spread_codes, head_dim) + 15) / 16 * 16;
+}
+
+inline int index_entry_bytes(Rule rule, IndexFormat format, DType dtype, int head_dim) {
+  const RuleFacts& facts = rule_facts(rule);
+  return format == IndexFormat::kExact ? exact_entry_bytes(facts.vectors, facts.scalar, dtype, head_dim)
+                                       : compressed_entry_bytes(facts.vectors > 1, head_dim);
 }
 
 }  // namespace unique_attn

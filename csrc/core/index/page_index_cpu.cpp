@@ -15,7 +15,7 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
   using Acc = AccOf<T>;
   using V = Vec<Acc>;
   const V tokens(static_cast<Acc>(count));
-  V total_var(Acc(0));
+  V terms(Acc(0));
   each_vector<Acc>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
     const T* column = keys + d;
     ChannelStats<V> stats;
@@ -34,7 +34,7 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
       squares += diff * diff;
     }
     stats.var = squares / tokens;
-    total_var += stats.var;
+    terms += RuleT::term(stats);
     V a, b(Acc(0));
     RuleT::encode(stats, a, b);
     store(entry + d, a, part);
@@ -43,7 +43,7 @@ UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_di
   if constexpr (RuleT::kScalar) {
     // The whole slot is written, so that equal pages have equal bytes.
     alignas(64) Acc lanes[V::kLanes];
-    store(lanes, sqrt(V(sum_lanes(total_var))), Full());
+    store(lanes, RuleT::total(V(sum_lanes(terms))), Full());
     Out* slot = entry + RuleT::kVectors * head_dim;
     __builtin_memset(slot, 0, kScalarBytes);
     from_scalar(stored_scalar(lanes[0], Acc(largest_number(Out()))), *slot);

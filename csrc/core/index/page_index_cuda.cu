@@ -3,6 +3,7 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
 #include "core/index/append_index.h"
+#include "core/index/format.h"
 
 namespace unique_attn {
 namespace {
@@ -68,10 +69,8 @@ __device__ __forceinline__ void compress_entry(float mean, float std, int head_d
     if (active && d % 4 == 0) entry[spreads_offset(head_dim) + d / 4] = static_cast<uint8_t>(std_codes);
   }
   // The padding is written too, so that equal pages have equal bytes.
-  constexpr Rule kRule = kSpreads ? Rule::kDirectional : Rule::kMean;
-  const int used = spreads_offset(head_dim) + (kSpreads ? head_dim / 4 : 0);
-  const int end = static_cast<int>(index_entry_bytes(kRule, IndexFormat::kCompressed, DType::kFloat32, head_dim));
-  if (used + d < end) entry[used + d] = 0;
+  const int used = compressed_entry_end(kSpreads, head_dim);
+  if (used + d < compressed_entry_bytes(kSpreads, head_dim)) entry[used + d] = 0;
 }
 
 // Writes one channel of the new tokens in [first, end), which lie in `block`, if there is one. Its thread reads it back
@@ -175,10 +174,10 @@ __global__ void __launch_bounds__(kMaxHeadDim)
   }
   if (RuleT::kScalar) {
     __shared__ float scratch[kMaxHeadDim / kWarp];
-    const float total_var = block_sum(stats.var, scratch);
+    const float sum = block_sum(active ? RuleT::term(stats) : 0.f, scratch);
     // The whole slot is written, so that equal pages have equal bytes.
     constexpr int slot = static_cast<int>(kScalarBytes / sizeof(T));
-    const float scalar = stored_scalar(sqrtf(total_var), largest_number(T()));
+    const float scalar = stored_scalar(RuleT::total(sum), largest_number(T()));
     if (d < slot) vectors[RuleT::kVectors * p.head_dim + d] = from_float<T>(d == 0 ? scalar : 0.f);
   }
 }

@@ -10,19 +10,6 @@ namespace {
 constexpr int kChunk = 64;            // pages per item
 constexpr int kAheadBytes = 1 << 14;  // of index entries between a prefetch and its use
 
-template <typename T>
-struct ScoreInfo {
-  using Type = BF16;
-};
-template <>
-struct ScoreInfo<float> {
-  using Type = float;
-};
-template <>
-struct ScoreInfo<double> {
-  using Type = double;
-};
-
 UA_INLINE PageRange token_pages(const PageScoresParams& p, int b, int t) { return scored_pages(p, b, t, t + 1); }
 UA_INLINE PageRange sequence_pages(const PageScoresParams& p, int b) {
   return scored_pages(p, b, 0, p.num_query_tokens);
@@ -39,7 +26,7 @@ class PageScorer {
   using Acc = AccOf<T>;
   using Row = std::conditional_t<kCompressed, Acc, T>;
   using V = Vec<Acc>;
-  using Score = typename ScoreInfo<T>::Type;
+  using Score = ScoreOf<T>;
 
  public:
   UA_INLINE explicit PageScorer(const PageScoresParams& params)
@@ -48,7 +35,7 @@ class PageScorer {
         rows(p.num_query_tokens * group),
         q_stride(static_cast<int>(round_up(p.head_dim, V::kLanes))),
         rule_stride(int64_t{padded_rows(rows)} * kChunk),
-        entry_bytes(static_cast<int>(index_entry_bytes(p.rule, p.index.format, p.dtype, p.head_dim))),
+        entry_bytes(index_entry_bytes(p.rule, p.index.format, p.dtype, p.head_dim)),
         ahead(max_of(min_of(kAheadBytes / entry_bytes, kChunk), 1)),
         row_stride(kCompressed ? decoded_stride<RuleT, Acc>(p.head_dim) : 0),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(rows)} * q_stride) + Scratch::padded<Acc>(rows) +
@@ -79,7 +66,7 @@ class PageScorer {
  private:
   Score* score_row(int b, int t, int h) const {
     const int64_t row = (int64_t{b} * p.num_query_tokens + t) * p.num_kv_heads + h;
-    return static_cast<Score*>(p.scores) + row * p.num_pages;
+    return static_cast<Score*>(p.scores) + row * p.row_pages;
   }
 
   void fill_outside(int b, int h) const {
@@ -89,7 +76,7 @@ class PageScorer {
       const PageRange visible = token_pages(p, b, t);
       Score* row = score_row(b, t, h);
       for (int page = 0; page < visible.first; ++page) row[page] = minus_inf;
-      for (int page = visible.end; page < p.num_pages; ++page) row[page] = minus_inf;
+      for (int page = visible.end; page < p.row_pages; ++page) row[page] = minus_inf;
     }
   }
 
@@ -170,7 +157,7 @@ class PageScorer {
       for (int i = 0; i < count; ++i) scalars[i] = to_scalar(chunk[i][RuleT::kVectors * p.head_dim]);
       for (int i = count; i < kChunk; ++i) scalars[i] = Acc(0);
     }
-    const V spread(static_cast<Acc>(p.spread));
+    const V weight(static_cast<Acc>(p.spread_weight));
     alignas(64) Score scores[kChunk];
     for (int i = begin / V::kLanes * V::kLanes; i < end; i += V::kLanes) {
       V best(Acc(0));
@@ -179,7 +166,7 @@ class PageScorer {
         const Acc* u = sums + int64_t{row} * kChunk + i;
         const V v = RuleT::kSums > 1 ? load(u + rule_stride, Full()) : V(Acc(0));
         const V scalar = RuleT::kScalar ? load(scalars + i, Full()) : V(Acc(0));
-        const V score = RuleT::finish(load(u, Full()), v, scalar, V(RuleT::kScalar ? q_norms[row] : Acc(0)), spread);
+        const V score = RuleT::finish(load(u, Full()), v, scalar, V(RuleT::kScalar ? q_norms[row] : Acc(0)), weight);
         best = g == 0 ? score : max_or_nan(best, score);
       }
       store(scores + i, best, Full());

@@ -12,15 +12,6 @@ constexpr int kPagesPerStep = kThreads / kLanes;      // pages a block scores at
 constexpr size_t kQueryBytes = 48 * 1024;             // shared memory for the queries
 constexpr int kMaxChunks = kMaxHeadDim / 8 / kLanes;  // 8-channel chunks per lane
 
-template <typename T>
-struct KeyType {
-  using type = __nv_bfloat16;
-};
-template <>
-struct KeyType<float> {
-  using type = float;
-};
-
 __device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
@@ -91,7 +82,7 @@ struct EntryChunk<T, RuleT, true> {
 template <typename T, typename RuleT, bool kCompressed, int CPL>
 __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresParams p, const ScoreGrid grid) {
   extern __shared__ __align__(16) float shared[];
-  using Key = typename KeyType<T>::type;
+  using Score = ScoreOf<T>;
   const ScoreTile tile = score_tile(p, grid);
   const int num_tokens = tile.num_tokens;
   const int group = p.num_q_heads / p.num_kv_heads;
@@ -178,13 +169,13 @@ __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresP
           }
         }
         u = lane_sum(u);
-        if (RuleT::kVectors > 1) v = lane_sum(v);
+        if (RuleT::kSums > 1) v = lane_sum(v);
         const float score =
-            RuleT::finish(u, v, scalar, RuleT::kScalar ? q_norms[row] : 0.f, static_cast<float>(p.spread));
+            RuleT::finish(u, v, scalar, RuleT::kScalar ? q_norms[row] : 0.f, static_cast<float>(p.spread_weight));
         any_nan = any_nan || isnan(score);
         best = fmaxf(best, score);
       }
-      if (lane == 0 && in_row) store_score<Key>(p, tile, t, page, any_nan ? NAN : best);
+      if (lane == 0 && in_row) store_score<Score>(p, tile, t, page, any_nan ? NAN : best);
     }
   }
 }
@@ -206,7 +197,7 @@ cudaError_t launch(const PageScoresParams& p, const DeviceFacts& device, cudaStr
 }  // namespace
 
 cudaError_t page_scores_cuda(const PageScoresParams& params, cudaStream_t stream) {
-  if (params.batch == 0 || params.num_kv_heads == 0 || params.num_pages == 0) return cudaSuccess;
+  if (params.batch == 0 || params.num_kv_heads == 0 || params.row_pages == 0) return cudaSuccess;
   DeviceFacts device;
   cudaError_t error = device_facts(device);
   if (error != cudaSuccess) return error;

@@ -1,12 +1,12 @@
-// Page scores of 16-bit inputs on tensor cores, for every rule but `minmax` (where a query's 0 meets no infinite bound,
-// which a product does not know). A warp takes 16 or 32 pages at a time as the rows of products, and all heads
+// Page scores of 16-bit inputs on tensor cores, for every rule whose score is a form of products (not `minmax`: a query's 0
+// meets no infinite bound there, which a product does not know). A warp takes 16 or 32 pages at a time as the rows of products, and all heads
 // of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
 // channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
 // its part of two products of 16 channels. Copies of the next entries are under way while the present ones are
 // multiplied.
 //
 // Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
-// rounding of the score to its order key.
+// rounding of the score to the score type.
 #include <algorithm>
 
 #include "core/cuda/launch.cuh"
@@ -38,18 +38,18 @@ struct Cut {
   using Ring = EntryRing<Row, kPages, kStep, kStages>;
 };
 
-template <Form kForm>
-constexpr int kOperands = kForm == Form::kVariance ? 2 : 1;  // of a query
+template <ScoreForm kForm>
+constexpr int kOperands = kHasVector<kForm> ? 2 : 1;  // of a query
 
 // A lane's operands of a k-step: queries and, for the variance, their squares.
-template <Form kForm>
+template <ScoreForm kForm>
 struct alignas(8 * kOperands<kForm>) Operands {
   uint2 q[kOperands<kForm>];
 };
 
 // Operands of the query rows: [tile of 8 rows, k-step, lane]. One tile is one token, whose heads meet in registers; the
 // scores of several tokens go through shared memory. Rows past the last one repeat the others, which changes no maximum.
-template <Form kForm, int kSteps, int kTiles>
+template <ScoreForm kForm, int kSteps, int kTiles>
 struct alignas(16) Queries {
   static constexpr int kScores = kTiles > 1 ? kTiles * kColumns + 1 : 1;
   Operands<kForm> operand[kTiles][kSteps][kWarp];
@@ -57,7 +57,7 @@ struct alignas(16) Queries {
   float scores[kWarps][kProductPages][kScores];
 };
 
-template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+template <typename T, typename Row, ScoreForm kForm, int kSteps, int kTiles>
 __device__ __forceinline__ void load_queries(Queries<kForm, kSteps, kTiles>& shared, const PageScoresParams& p, int b,
                                              int head, int token_begin, int num_rows, int group) {
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
@@ -81,11 +81,11 @@ __device__ __forceinline__ void load_queries(Queries<kForm, kSteps, kTiles>& sha
       const unsigned a = words[half * 2], c = words[half * 2 + 1];
       Operands<kForm> operands;
       operands.q[0] = make_uint2(a, c);
-      if constexpr (kForm == Form::kVariance) operands.q[1] = make_uint2(square2<T>(a), square2<T>(c));
+      if constexpr (kHasVector<kForm>) operands.q[1] = make_uint2(square2<T>(a), square2<T>(c));
       shared.operand[row / kColumns][Row::chunk_of_lane(chunk) * 2 + half][lane] = operands;
     }
   }
-  if constexpr (kForm == Form::kUnique) {
+  if constexpr (kHasScalar<kForm>) {
     for (int row = threadIdx.x / kWarp; row < num_tiles * kColumns; row += kWarps) {
       const T* q = source(row);
       float sum = 0.f;
@@ -104,7 +104,7 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
-template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+template <typename T, typename Row, ScoreForm kForm, int kSteps, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
     page_scores_mma_kernel(const PageScoresParams p, const ScoreGrid grid, const EntryPieces pieces) {
   wait_for_previous_kernel();
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   const int num_tiles = (num_rows + kColumns - 1) / kColumns;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  float c = static_cast<float>(p.spread);
-  asm volatile("" : "+f"(c));  // or it is converted again for every tile
+  float weight = static_cast<float>(p.spread_weight);
+  asm volatile("" : "+f"(weight));  // or it is converted again for every tile
   const int first = tile.page_begin + warp * C::kPages;
   __nv_bfloat16* out = score_row<__nv_bfloat16>(p, tile, 0);
 
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 #pragma unroll
     for (int m = 0; m < C::kProducts; ++m) best[m][0] = best[m][1] = -INFINITY;
     if (any) {
-      unsigned mean[C::kProducts][kSteps][4], var[C::kProducts][kForm == Form::kVariance ? kSteps : 1][4];
+      unsigned mean[C::kProducts][kSteps][4], var[C::kProducts][kHasVector<kForm> ? kSteps : 1][4];
 #pragma unroll
       for (int m = 0; m < C::kProducts; ++m) {
         rows[m][0].decode();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             mean[m][step][i] = rows[m][i % 2].mean_pair(step, i / 2);
-            if constexpr (kForm == Form::kVariance) var[m][step][i] = rows[m][i % 2].var_pair(step, i / 2);
+            if constexpr (kHasVector<kForm>) var[m][step][i] = rows[m][i % 2].var_pair(step, i / 2);
           }
         }
       }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 #pragma unroll
           for (int m = 0; m < C::kProducts; ++m) {
             mma16816<T>(u[m], mean[m][step], b.q[0].x, b.q[0].y);
-            if constexpr (kForm == Form::kVariance) mma16816<__nv_bfloat16>(v[m], var[m][step], b.q[1].x, b.q[1].y);
+            if constexpr (kHasVector<kForm>) mma16816<__nv_bfloat16>(v[m], var[m][step], b.q[1].x, b.q[1].y);
           }
         }
 #pragma unroll
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int row = n * kColumns + lane % 4 * 2 + i % 2;
-            if constexpr (kForm == Form::kVariance) u[m][i] = fmaf(c, sqrt_fast(v[m][i]), u[m][i]);
-            if constexpr (kForm == Form::kUnique) {
-              u[m][i] = fmaf(c * shared.norm[row], rows[m][i / 2].scalar, u[m][i]);
+            if constexpr (kHasVector<kForm>) u[m][i] = fmaf(weight, sqrt_fast(v[m][i]), u[m][i]);
+            if constexpr (kHasScalar<kForm>) {
+              u[m][i] = fmaf(weight * shared.norm[row], rows[m][i / 2].scalar, u[m][i]);
             }
             if constexpr (kTiles > 1) shared.scores[warp][lane / 4 + i / 2 * 8][row] = u[m][i];
           }
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   }
 }
 
-template <typename T, typename Row, Form kForm, int kSteps, int kTiles>
+template <typename T, typename Row, ScoreForm kForm, int kSteps, int kTiles>
 cudaError_t launch(const PageScoresParams& p, int tokens, const DeviceFacts& device, cudaStream_t stream) {
   using C = Cut<Row, kSteps, kTiles>;
   const auto kernel = page_scores_mma_kernel<T, Row, kForm, kSteps, kTiles>;
@@ -241,7 +241,7 @@ cudaError_t launch(const PageScoresParams& p, int tokens, const DeviceFacts& dev
   return launch_dependent(kernel, score_blocks(p, grid), kThreads, kBytes, stream, p, grid, pieces);
 }
 
-template <typename T, typename Row, Form kForm, int kSteps>
+template <typename T, typename Row, ScoreForm kForm, int kSteps>
 cudaError_t launch_rows(const PageScoresParams& p, const DeviceFacts& device, cudaStream_t stream) {
   const int group = p.num_q_heads / p.num_kv_heads;
   if (p.num_query_tokens == 1 && group <= kColumns) return launch<T, Row, kForm, kSteps, 1>(p, 1, device, stream);
@@ -250,7 +250,7 @@ cudaError_t launch_rows(const PageScoresParams& p, const DeviceFacts& device, cu
   return launch<T, Row, kForm, kSteps, kMaxTiles<kSteps>>(p, tokens, device, stream);
 }
 
-template <typename T, Form kForm, int kSteps>
+template <typename T, ScoreForm kForm, int kSteps>
 cudaError_t launch_format(const PageScoresParams& p, const DeviceFacts& device, cudaStream_t stream) {
   if (p.index.format == IndexFormat::kExact) {
     return launch_rows<T, ExactRow<T, kForm, kSteps>, kForm, kSteps>(p, device, stream);
@@ -258,7 +258,7 @@ cudaError_t launch_format(const PageScoresParams& p, const DeviceFacts& device, 
   return launch_rows<__nv_bfloat16, CompressedRow<kForm, kSteps>, kForm, kSteps>(p, device, stream);
 }
 
-template <typename T, Form kForm>
+template <typename T, ScoreForm kForm>
 cudaError_t launch_depth(const PageScoresParams& p, const DeviceFacts& device, cudaStream_t stream) {
   return p.head_dim <= 64    ? launch_format<T, kForm, 4>(p, device, stream)
          : p.head_dim <= 128 ? launch_format<T, kForm, 8>(p, device, stream)
@@ -267,23 +267,14 @@ cudaError_t launch_depth(const PageScoresParams& p, const DeviceFacts& device, c
 
 template <typename T>
 cudaError_t launch_form(const PageScoresParams& p, const DeviceFacts& device, cudaStream_t stream) {
-  switch (p.rule) {
-    case Rule::kMean:
-      return launch_depth<T, Form::kMean>(p, device, stream);
-    case Rule::kUnique:
-      return launch_depth<T, Form::kUnique>(p, device, stream);
-    case Rule::kDirectional:
-      return launch_depth<T, Form::kVariance>(p, device, stream);
-    case Rule::kMinMax:
-      break;
-  }
+  UA_DISPATCH_FORM(rule_facts(p.rule).form, kForm, return (launch_depth<T, kForm>(p, device, stream)));
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 bool page_scores_on_mma(const PageScoresParams& p) {
-  if (p.rule == Rule::kMinMax || p.dtype == DType::kFloat32) return false;
+  if (rule_facts(p.rule).form == ScoreForm::kGeneral || p.dtype == DType::kFloat32) return false;
   // Offsets within a block, and the stride of blocks, are 32-bit factors.
   if (std::max(p.index.stride_block, p.index.stride_page * p.table.block_size) > INT32_MAX) return false;
   if (p.index.format == IndexFormat::kExact) return true;

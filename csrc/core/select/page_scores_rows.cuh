@@ -7,17 +7,10 @@
 
 namespace unique_attn {
 
-// What a rule multiplies, and how its sums become a score.
-enum class Form {
-  kMean,      // u
-  kUnique,    // u + c * norm * std
-  kVariance,  // u + c * sqrt(v): `directional`
-};
-
-template <Form kForm>
-constexpr Rule kRule = kForm == Form::kMean     ? Rule::kMean
-                       : kForm == Form::kUnique ? Rule::kUnique
-                                                : Rule::kDirectional;
+template <ScoreForm kForm>
+constexpr bool kHasScalar = kForm == ScoreForm::kScalarSpread;
+template <ScoreForm kForm>
+constexpr bool kHasVector = kForm == ScoreForm::kVectorSpread;
 
 __device__ __forceinline__ __nv_bfloat162 as_pair(unsigned word) {
   return *reinterpret_cast<const __nv_bfloat162*>(&word);
@@ -70,7 +63,7 @@ __device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void
 }
 
 // Vectors in the keys' dtype: chunk after chunk goes round the lanes, so that they read neighbouring 16 bytes.
-template <typename T, Form kForm, int kSteps>
+template <typename T, ScoreForm kForm, int kSteps>
 struct ExactRow {
   static constexpr int kHeadDim = kSteps * 16;  // at most
   static constexpr int kChunks = kSteps / 2;
@@ -78,10 +71,10 @@ struct ExactRow {
   static constexpr int kResident = kSteps > 8 ? 1 : 3;
   static UA_HD constexpr int entry_bytes(int head_dim) {
     constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
-    return static_cast<int>(index_entry_bytes(kRule<kForm>, IndexFormat::kExact, kDType, head_dim));
+    return exact_entry_bytes(1 + kHasVector<kForm>, kHasScalar<kForm>, kDType, head_dim);
   }
-  unsigned mean[kChunks][4], std[kForm == Form::kVariance ? kChunks : 1][4];
-  float scalar;  // `unique`
+  unsigned mean[kChunks][4], std[kHasVector<kForm> ? kChunks : 1][4];
+  float scalar;  // kScalarSpread
 
   static __device__ __forceinline__ int chunk_lane(int chunk) { return chunk % 4; }
   static __device__ __forceinline__ int chunk_of_lane(int chunk) { return chunk / 4; }
@@ -96,13 +89,13 @@ struct ExactRow {
 #pragma unroll
       for (int i = 0; i < 4; ++i) mean[j][i] = 0u;
       if (valid) load_words(mean[j], vectors + channel);
-      if constexpr (kForm == Form::kVariance) {
+      if constexpr (kHasVector<kForm>) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) std[j][i] = 0u;
         if (valid) load_words(std[j], vectors + head_dim + channel);
       }
     }
-    scalar = kForm == Form::kUnique ? to_float(vectors[head_dim]) : 0.f;
+    scalar = kHasScalar<kForm> ? to_float(vectors[head_dim]) : 0.f;
   }
   __device__ __forceinline__ void decode() {}
   __device__ __forceinline__ unsigned mean_pair(int step, int i) const { return mean[step / 2][step % 2 * 2 + i]; }
@@ -115,18 +108,16 @@ struct ExactRow {
 // groups. Codes become bf16 numbers without a loss: a step has 4 significant bits, a code 3. Of an outlier 8 of 11 bits
 // are kept, as of a mean in a bf16 index. Integer operations run at half the rate of 16-bit fused multiply-adds, so as
 // much as possible is done by those.
-template <Form kForm, int kSteps>
+template <ScoreForm kForm, int kSteps>
 struct CompressedRow {
   static constexpr int kHeadDim = kSteps * 16;
   static constexpr int kChunks = kSteps / 2;
   static constexpr int kGroups = kSteps > 8 ? kSteps / 8 : 1;  // of a lane
   static constexpr int kProducts = kSteps > 4 ? 1 : 2;
   static constexpr int kResident = kSteps > 8 ? 1 : kSteps > 4 ? 7 : 5;
-  static UA_HD constexpr int entry_bytes(int) {
-    return static_cast<int>(index_entry_bytes(kRule<kForm>, IndexFormat::kCompressed, DType::kBFloat16, kHeadDim));
-  }
-  unsigned means[kChunks];                                      // 8 codes of 4 bits
-  unsigned spreads[kForm == Form::kVariance ? kSteps / 4 : 1];  // 16 codes of 2 bits
+  static UA_HD constexpr int entry_bytes(int) { return compressed_entry_bytes(kHasVector<kForm>, kHeadDim); }
+  unsigned means[kChunks];                               // 8 codes of 4 bits
+  unsigned spreads[kHasVector<kForm> ? kSteps / 4 : 1];  // 16 codes of 2 bits
   unsigned scales[kGroups];
   __nv_bfloat162 step[kGroups], offset[kGroups];  // a code's value is (136 + code) * step + offset
   __nv_bfloat162 outlier[kGroups];                // added to the value of code -8
@@ -148,8 +139,7 @@ struct CompressedRow {
     const int lane = threadIdx.x % 4;
     load_words(scales, entry + lane * kGroups * sizeof(GroupScales));
     load_words(means, entry + means_offset(kHeadDim) + lane * kHeadDim / 8);
-    if constexpr (kForm == Form::kVariance)
-      load_words(spreads, entry + spreads_offset(kHeadDim) + lane * kHeadDim / 16);
+    if constexpr (kHasVector<kForm>) load_words(spreads, entry + spreads_offset(kHeadDim) + lane * kHeadDim / 16);
   }
   __device__ __forceinline__ void decode() {
     float sum = 0.f;
@@ -163,7 +153,7 @@ struct CompressedRow {
       const float big = __half2float(__ushort_as_half(static_cast<unsigned short>(scales[g])));
       const float small = __low2float(step_spread);
       outlier[g] = __float2bfloat162_rn(fmaf(-static_cast<float>(kOutlierCode), small, big));
-      if constexpr (kForm == Form::kVariance) {
+      if constexpr (kHasVector<kForm>) {
         const __nv_bfloat162 stds = __hmin2(step_spread, __high2bfloat162(step_spread));  // of code 0; the spread
         const __nv_bfloat162 squares = __hmul2(stds, stds);
         variances[g][0] = as_word(__hmul2(squares, as_pair(0x40803f80u)));                    // 1 and 4 times
@@ -172,7 +162,7 @@ struct CompressedRow {
       const float spread = __high2float(step_spread);
       sum += spread * spread;
     }
-    if constexpr (kForm == Form::kUnique) {
+    if constexpr (kHasScalar<kForm>) {
       sum += __shfl_xor_sync(kFullMask, sum, 1);
       sum += __shfl_xor_sync(kFullMask, sum, 2);
     }

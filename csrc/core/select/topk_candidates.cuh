@@ -11,7 +11,7 @@ template <typename Entry>
 struct Packing {
   int page_bits;
 
-  __device__ __forceinline__ explicit Packing(int num_pages) { page_bits = 32 - __clz(num_pages - 1); }
+  __device__ __forceinline__ explicit Packing(int row_pages) { page_bits = 32 - __clz(row_pages - 1); }
   __device__ __forceinline__ unsigned last_page() const { return (1u << page_bits) - 1u; }
   __device__ __forceinline__ Entry pack(unsigned key, unsigned page) const {
     return static_cast<Entry>(key) << page_bits | (last_page() - page);

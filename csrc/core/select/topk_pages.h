@@ -19,7 +19,7 @@ struct TopkPagesParams {
   int batch;             // B
   int num_query_tokens;  // T
   int num_kv_heads;      // H
-  int num_pages;         // P
+  int row_pages;         // P
   int k;                 // width of the output
   int sink_pages;
   int recent_pages;
@@ -43,7 +43,7 @@ struct RowPlan {
 
 UA_HD RowPlan plan_row(const TopkPagesParams& p, int b, int t) {
   const PageRange visible =
-      visible_pages(p.table.seq_lens[b], p.num_query_tokens, t, t + 1, p.window, p.table.page_size, p.num_pages);
+      visible_pages(p.table.seq_lens[b], p.num_query_tokens, t, t + 1, p.window, p.table.page_size, p.row_pages);
   RowPlan row;
   row.first = visible.first;
   row.end = visible.end;

@@ -26,11 +26,11 @@ UA_INLINE void collect(const Key* keys, int count, Threshold<Key> threshold, int
 template <typename Score>
 void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
   const int64_t rows = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads;
-  using Key = typename ScoreBits<Score>::Key;
-  parallel_for(exec, rows, grain_for(int64_t{8} * p.num_pages), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::padded<Key>(p.num_pages) + Scratch::padded<Key>(p.num_pages / 4));
-    Key* const keys = scratch.take<Key>(p.num_pages);
-    Key* const spare = scratch.take<Key>(p.num_pages / 4);
+  using Key = OrderKey<Score>;
+  parallel_for(exec, rows, grain_for(int64_t{8} * p.row_pages), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::padded<Key>(p.row_pages) + Scratch::padded<Key>(p.row_pages / 4));
+    Key* const keys = scratch.take<Key>(p.row_pages);
+    Key* const spare = scratch.take<Key>(p.row_pages / 4);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i / p.num_kv_heads;
       const int b = static_cast<int>(token / p.num_query_tokens);
@@ -45,7 +45,7 @@ void select_rows(const TopkPagesParams& p, const CpuExecutor& exec) {
       if (wanted == high - low) {
         for (int page = low; page < high; ++page) emit(page);
       } else if (wanted > 0) {
-        const Score* scores = static_cast<const Score*>(p.scores) + i * p.num_pages;
+        const Score* scores = static_cast<const Score*>(p.scores) + i * p.row_pages;
         order_keys(scores + low, high - low, keys);
         const Threshold<Key> threshold = find_threshold(keys, high - low, wanted, spare);
         collect(keys, high - low, threshold, wanted, [&](int i) { emit(low + i); });

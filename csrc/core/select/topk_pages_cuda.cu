@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) topk_radix_kernel(const TopkPagesPar
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
   const int b = blockIdx.x / head_rows;
   const int t = blockIdx.x % head_rows / p.num_kv_heads;
-  const Score* scores = static_cast<const Score*>(p.scores) + int64_t{blockIdx.x} * p.num_pages;
+  const Score* scores = static_cast<const Score*>(p.scores) + int64_t{blockIdx.x} * p.row_pages;
   const int tid = threadIdx.x;
   const int lane = tid % kWarp;
   const int warp = tid / kWarp;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) topk_radix_kernel(const TopkPagesPar
 template <typename Score>
 cudaError_t launch(const TopkPagesParams& params, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(params.batch) * params.num_query_tokens * params.num_kv_heads;
-  if (params.num_pages <= 4096) {
+  if (params.row_pages <= 4096) {
     topk_radix_kernel<Score, 256><<<rows, 256, 0, stream>>>(params);
   } else {
     topk_radix_kernel<Score, 1024><<<rows, 1024, 0, stream>>>(params);

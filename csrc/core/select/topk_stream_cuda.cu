@@ -14,6 +14,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "core/select/topk_candidates.cuh"
+#include "core/select/topk_plan.h"
 #include "core/select/topk_row.cuh"
 #include "core/select/topk_tile.cuh"
 
@@ -22,10 +23,6 @@ namespace {
 
 constexpr int kMaxRanked = 128;  // for more wanted pages bisection goes on to the end, as ranks cost the square
 constexpr int kValueSteps = 6;   // of bisection by values; then by keys
-
-// Order key of -inf, the least of all numbers.
-template <typename Score>
-constexpr unsigned kLowestKey = sizeof(Score) == 2 ? 0x007fu : 0x007fffffu;
 
 // Scores of a key above `key`, and those equal to it in vectors of the chunk before `tie_end`.
 struct Bound {
@@ -249,7 +246,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kMinBlocks<Tile, kOneChunk>)
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
   const int b = blockIdx.x / head_rows;
   const int t = blockIdx.x % head_rows / p.num_kv_heads;
-  const int64_t begin = int64_t{blockIdx.x} * p.num_pages;
+  const int64_t begin = int64_t{blockIdx.x} * p.row_pages;
   const Score* first = static_cast<const Score*>(p.scores) + begin;
   // Vectors begin on their size, before the row's first score if that does not.
   const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(Score) % Tile::kWidth);
@@ -258,7 +255,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kMinBlocks<Tile, kOneChunk>)
   // The scores are on their way before the sequence's length is known, unless the row's beginning depends on it.
   const int origin = p.window == 0 ? 0 : (plan_row(p, b, t).first + shift) / Tile::kWidth * Tile::kWidth;
   Tile tile;
-  tile.load(first - shift, origin, p.num_pages + shift, readable);
+  tile.load(first - shift, origin, p.row_pages + shift, readable);
   const RowOutput output{p, b, p.pages + int64_t{blockIdx.x} * p.k};
   const RowPlan row = plan_row(p, b, t);
   const int wanted = row.k - row.sinks - row.recents;
@@ -275,50 +272,39 @@ cudaError_t launch(const TopkPagesParams& p, int64_t rows, cudaStream_t stream) 
   using Entry = std::conditional_t<kOneChunk && sizeof(Score) == 2, unsigned, unsigned long long>;
   static_assert(!kOneChunk || Tile::kBlockScores <= 65536);
   return launch_dependent(topk_stream_kernel<Tile, Entry, kOneChunk>, dim3(static_cast<unsigned>(rows)), dim3(kThreads),
-                          0, stream, p, rows * int64_t{p.num_pages});
+                          0, stream, p, rows * int64_t{p.row_pages});
 }
 
-// A block takes k <= min(kThreads / 2, 2048 / (kWidth * kVectors)).
 template <typename Score>
 cudaError_t launch(const TopkPagesParams& p, cudaStream_t stream) {
   const int64_t rows = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads;
-  const bool aligned = p.num_pages % 8 == 0 && reinterpret_cast<uintptr_t>(p.scores) % (8 * sizeof(Score)) == 0;
-  const int scores = p.num_pages + (aligned ? 0 : 7);
-  if (p.k > 512 || p.num_pages > 1 << 20) return cudaErrorNotSupported;
+  const bool aligned = p.row_pages % 8 == 0 && reinterpret_cast<uintptr_t>(p.scores) % (8 * sizeof(Score)) == 0;
   DeviceFacts device;
   const cudaError_t error = device_facts(device);
   if (error != cudaSuccess) return error;
-  if (p.k > 256) return launch<false, Score, 1024, 4, 1>(p, rows, stream);
-  if (p.k > 128) return launch<false, Score, 512, 8, 1>(p, rows, stream);
-  if (scores <= 1024) {
-    if constexpr (sizeof(Score) == 2) {
-      // Many rows hide each other's latency; fewer threads then have less to do in all.
-      if (p.k <= 64 && rows >= 4 * device.multiprocessors) return launch<true, Score, 128, 8, 1>(p, rows, stream);
-    }
-    return launch<true, Score, 256, 4, 1>(p, rows, stream);
+  constexpr bool kHalf = sizeof(Score) == 2;
+  const StreamPlan plan = plan_topk_stream(p.k, p.row_pages + (aligned ? 0 : 7), kHalf, rows, device.multiprocessors);
+  if (plan.threads == 0) return cudaErrorNotSupported;
+  const auto is = [&](int threads, int width, int vectors, bool one_chunk) {
+    return plan.threads == threads && plan.width == width && plan.vectors == vectors && plan.one_chunk == one_chunk;
+  };
+  if (is(256, 4, 1, true)) return launch<true, Score, 256, 4, 1>(p, rows, stream);
+  if (is(256, 8, 1, true)) return launch<true, Score, 256, 8, 1>(p, rows, stream);
+  if (is(512, 8, 2, true)) return launch<true, Score, 512, 8, 2>(p, rows, stream);
+  if (is(512, 8, 1, false)) return launch<false, Score, 512, 8, 1>(p, rows, stream);
+  if (is(512, 8, 2, false)) return launch<false, Score, 512, 8, 2>(p, rows, stream);
+  if (is(1024, 4, 1, false)) return launch<false, Score, 1024, 4, 1>(p, rows, stream);
+  if constexpr (kHalf) {
+    if (is(128, 8, 1, true)) return launch<true, Score, 128, 8, 1>(p, rows, stream);
+    if (is(256, 8, 2, true)) return launch<true, Score, 256, 8, 2>(p, rows, stream);
+    if (is(256, 8, 4, true)) return launch<true, Score, 256, 8, 4>(p, rows, stream);
+    if (is(512, 8, 4, false)) return launch<false, Score, 512, 8, 4>(p, rows, stream);
+    if (is(1024, 8, 4, false)) return launch<false, Score, 1024, 8, 4>(p, rows, stream);
+  } else {
+    if (is(512, 8, 1, true)) return launch<true, Score, 512, 8, 1>(p, rows, stream);
+    if (is(1024, 8, 2, false)) return launch<false, Score, 1024, 8, 2>(p, rows, stream);
   }
-  if (scores <= 2048) return launch<true, Score, 256, 8, 1>(p, rows, stream);
-  if (scores <= 4096) {
-    if constexpr (sizeof(Score) == 2) {
-      return launch<true, Score, 256, 8, 2>(p, rows, stream);
-    } else {
-      return launch<true, Score, 512, 8, 1>(p, rows, stream);
-    }
-  }
-  if (scores <= 8192) {
-    if constexpr (sizeof(Score) == 2) {
-      if (p.k <= 64) return launch<true, Score, 256, 8, 4>(p, rows, stream);
-    }
-    return launch<true, Score, 512, 8, 2>(p, rows, stream);
-  }
-  const bool few = rows <= device.multiprocessors;  // then a block may have a multiprocessor to itself
-  if constexpr (sizeof(Score) == 2) {
-    if (p.k <= 64 && few) return launch<false, Score, 1024, 8, 4>(p, rows, stream);
-    if (p.k <= 64) return launch<false, Score, 512, 8, 4>(p, rows, stream);
-  } else if (few) {
-    return launch<false, Score, 1024, 8, 2>(p, rows, stream);
-  }
-  return launch<false, Score, 512, 8, 2>(p, rows, stream);
+  return cudaErrorInvalidValue;  // a plan without a kernel
 }
 
 }  // namespace

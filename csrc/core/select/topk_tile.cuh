@@ -3,7 +3,7 @@
 // below -inf, stands for what is no candidate too.
 #pragma once
 
-#include "core/cuda/radix_select.cuh"
+#include "core/cuda/order_key.cuh"
 #include "core/cuda/vec.cuh"
 
 namespace unique_attn {

@@ -14,11 +14,11 @@ class PageGates {
   using V = Vec<Acc>;
 
  public:
-  UA_INLINE PageGates(const PackedSequences& seqs, Rule rule, double spread, int group, int head_dim,
+  UA_INLINE PageGates(const PackedSequences& seqs, ScoreForm form, double weight, int group, int head_dim,
                       const IndexView& index)
       : seqs(seqs),
-        rule(rule),
-        spread(spread),
+        form(form),
+        weight(weight),
         group(group),
         head_dim(head_dim),
         index(index),
@@ -49,7 +49,7 @@ class PageGates {
   // q: the group's rows, padded as tiles want them.
   void compute(const Acc* q, int q_stride, PageRange range) {
     if (range.first >= range.end) return;
-    UA_DISPATCH_RULE(rule, RuleT, compute_rule<RuleT>(q, q_stride, range));
+    UA_DISPATCH_FORM(form, kForm, compute_form<MeanAndSpread<kForm>>(q, q_stride, range));
   }
 
   Acc* score;
@@ -59,7 +59,7 @@ class PageGates {
 
  private:
   template <typename RuleT>
-  void compute_rule(const Acc* q, int q_stride, PageRange range) {
+  void compute_form(const Acc* q, int q_stride, PageRange range) {
     const int count = range.end - range.first;
     const int64_t rule_stride = padded_rows(group) * row_stride;
     sum_all_rows<RuleT, T>(entries + range.first, count, q, group, q_stride, head_dim, Ahead<T>{nullptr, 0, 0},
@@ -71,7 +71,7 @@ class PageGates {
         const Acc u = sums[g * row_stride + i];
         const Acc v = RuleT::kSums > 1 ? sums[rule_stride + g * row_stride + i] : Acc(0);
         const Acc scalar = RuleT::kScalar ? Acc(to_scalar(entries[page][RuleT::kVectors * head_dim])) : Acc(0);
-        const Acc s = RuleT::finish(u, v, scalar, norm, Acc(spread));
+        const Acc s = RuleT::finish(u, v, scalar, norm, Acc(weight));
         if (g == 0 || s > score[page] || (s != s && score[page] == score[page])) {
           score[page] = s;
           best[page] = g;
@@ -90,8 +90,8 @@ class PageGates {
   UA_INLINE static double scalar_sqrt(double x) { return __builtin_sqrt(x); }
 
   const PackedSequences& seqs;
-  const Rule rule;
-  const double spread;
+  const ScoreForm form;
+  const double weight;
   const int group;
   const int head_dim;
   const IndexView index;

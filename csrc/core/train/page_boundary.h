@@ -8,13 +8,13 @@
 namespace unique_attn {
 
 // Of query token n and KV head h, with s the page scores of its candidate_pages (maximum over the group, rounded to the
-// order key's type exactly as page_scores does), sorted descending, and k' = k - sink_pages - recent_pages:
+// score type exactly as page_scores does), sorted descending, and k' = k - sink_pages - recent_pages:
 //   theta[n, h] = (s_(k') + s_(k'+1)) / 2;  -inf with at most k' candidates (every gate is 1);  else +inf if k' = 0.
 // NaN scores rank below every number. Bitwise deterministic.
 struct PageBoundaryParams {
-  DType dtype;  // of q and of the index entries
-  Rule rule;
-  double spread;
+  DType dtype;     // of q and of the index entries
+  ScoreForm form;  // of the rule, a trainable one
+  double spread_weight;
   PackedSequences seqs;
   int num_q_heads;   // Hq = G * H
   int num_kv_heads;  // H
@@ -27,7 +27,7 @@ struct PageBoundaryParams {
   int64_t q_stride_head;
   IndexView index;  // [num_page_slots, H, 1, entry_bytes]
   void* theta;      // [N, H] contiguous fp32 (fp64 for fp64)
-  // CUDA: scores of a bounded chunk of queries at a time, [chunk_tokens, H, boundary_row_pages] in the order key's type.
+  // CUDA: scores of a bounded chunk of queries at a time, [chunk_tokens, H, boundary_row_pages] in the score type.
   void* workspace;
   int chunk_tokens;
   void* squares;  // CUDA, 16-bit inputs: [num_page_slots, H, D] bf16

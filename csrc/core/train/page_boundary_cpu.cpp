@@ -8,36 +8,22 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-// The type scores are ordered by.
-template <typename T>
-struct OrderType {
-  using Type = BF16;
-};
-template <>
-struct OrderType<float> {
-  using Type = float;
-};
-template <>
-struct OrderType<double> {
-  using Type = double;
-};
-
 template <typename T>
 class Boundary {
   using Acc = AccOf<T>;
-  using Score = typename OrderType<T>::Type;
-  using Key = typename ScoreBits<Score>::Key;
+  using Score = ScoreOf<T>;
+  using Key = OrderKey<Score>;
 
  public:
   UA_INLINE explicit Boundary(const PageBoundaryParams& params)
       : p(params),
         group(p.num_q_heads / p.num_kv_heads),
         q_stride(static_cast<int>(round_up(p.head_dim, Vec<Acc>::kLanes))),
-        gates(p.seqs, p.rule, p.spread, group, p.head_dim, p.index),
+        gates(p.seqs, p.form, p.spread_weight, group, p.head_dim, p.index),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(group)} * q_stride) +
                 3 * Scratch::padded<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1)) {
     q = scratch.template take<Acc>(int64_t{padded_rows(group)} * q_stride);
-    ordered = scratch.template take<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1);
+    rounded = scratch.template take<Score>(p.seqs.max_seqlen / p.seqs.page_size + 1);
     keys = scratch.template take<Key>(p.seqs.max_seqlen / p.seqs.page_size + 1);
     spare = scratch.template take<Key>(p.seqs.max_seqlen / p.seqs.page_size + 1);
     for (int64_t i = 0; i < int64_t{padded_rows(group)} * q_stride; ++i) q[i] = Acc(0);
@@ -69,7 +55,7 @@ class Boundary {
       // NaN ranks below every number, and as a boundary it counts as the lowest one.
       for (int i = 0; i < count; ++i) {
         const Acc s = gates.score[range.first + i];
-        from_scalar(s == s ? s : -infinity, ordered[i]);
+        from_scalar(s == s ? s : -infinity, rounded[i]);
       }
       theta = midpoint(count, wanted);
     }
@@ -77,12 +63,12 @@ class Boundary {
 
  private:
   Acc midpoint(int count, int wanted) {
-    order_keys(ordered, count, keys);
+    order_keys(rounded, count, keys);
     const auto bound = find_threshold(keys, count, wanted, spare).bound;
     Acc kth(__builtin_inff()), next = -kth;
     int reach = 0;
     for (int i = 0; i < count; ++i) {
-      const Acc s = to_scalar(ordered[i]);
+      const Acc s = to_scalar(rounded[i]);
       if (keys[i] >= bound) {
         kth = s < kth ? s : kth;
         ++reach;
@@ -99,8 +85,8 @@ class Boundary {
   PageGates<T> gates;
   Scratch scratch;
   Acc* q;          // [padded rows][q_stride]
-  Score* ordered;  // scores of the candidates as they are ordered
-  Key* keys;       // of `ordered`
+  Score* rounded;  // scores of the candidates, in the score type
+  Key* keys;       // of `rounded`
   Key* spare;      // of find_threshold
 };
 

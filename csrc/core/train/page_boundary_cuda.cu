@@ -1,5 +1,6 @@
 // A bounded chunk of queries at a time: scores by matrix products into the workspace, then boundary_select_cuda.cu
 // finds the two scores on either side of the boundary.
+#include "core/cuda/order_key.cuh"
 #include "core/train/boundary_select.cuh"
 #include "core/train/sm90/plan.h"
 #include "core/train/soft_mask_tile.cuh"
@@ -10,9 +11,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kRows = 16 * kWarps;
-
-template <typename T>
-using Key = std::conditional_t<sizeof(T) == 4, float, __nv_bfloat16>;
 
 template <typename T, int DP>
 struct Shared {
@@ -65,20 +63,20 @@ __global__ void __launch_bounds__(kThreads)
     };
     load_tile<DP, kThreads>(shared.mean, kPages, p.head_dim, entry);
     copy_async_commit();
-    if (p.rule == Rule::kDirectional) {
+    if (p.form == ScoreForm::kVectorSpread) {
       for (int i = threadIdx.x; i < kPages * DP; i += kThreads) {
         const T* vectors = entry(i / DP);
         const int d = i % DP;
         const float std = vectors != nullptr && d < p.head_dim ? to_float(vectors[p.head_dim + d]) : 0.f;
         shared.var[i / DP * kVarStride + d] = from_float<SpreadType<T>>(std * std);
       }
-    } else if (p.rule == Rule::kUnique && threadIdx.x < kPages) {
+    } else if (p.form == ScoreForm::kScalarSpread && threadIdx.x < kPages) {
       const T* vectors = entry(threadIdx.x);
       shared.std[threadIdx.x] = vectors != nullptr ? to_float(vectors[p.head_dim]) : 0.f;
     }
     copy_async_wait<0>();
     __syncthreads();
-    if (first == range.first && p.rule == Rule::kUnique) {
+    if (first == range.first && p.form == ScoreForm::kScalarSpread) {
       for (int row = threadIdx.x; row < kRows; row += kThreads) {
         float sum = 0.f;
         for (int d = 0; d < DP; ++d)
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     float u[kPages / 8][4] = {}, v[kPages / 8][4] = {};
     multiply_abt<kPages / 8>(u, shared.q + warp * 16 * kStride, kStride, shared.mean, kStride, DP);
-    if (p.rule == Rule::kDirectional) {
+    if (p.form == ScoreForm::kVectorSpread) {
       multiply_squared_abt<kPages / 8>(v, shared.q + warp * 16 * kStride, kStride, shared.var, kVarStride, DP);
     }
 #pragma unroll
@@ -99,9 +97,9 @@ __global__ void __launch_bounds__(kThreads)
         const int row = warp * 16 + lane / 4 + c / 2 * 8;
         const int page = n * 8 + lane % 4 * 2 + c % 2;
         float spread = 0.f;
-        if (p.rule == Rule::kDirectional) spread = sqrtf(v[n][c]);
-        if (p.rule == Rule::kUnique) spread = shared.q_norm[row] * shared.std[page];
-        shared.score[row * (kPages + 1) + page] = u[n][c] + static_cast<float>(p.spread) * spread;
+        if (p.form == ScoreForm::kVectorSpread) spread = sqrtf(v[n][c]);
+        if (p.form == ScoreForm::kScalarSpread) spread = shared.q_norm[row] * shared.std[page];
+        shared.score[row * (kPages + 1) + page] = u[n][c] + static_cast<float>(p.spread_weight) * spread;
       }
     }
     __syncthreads();
@@ -117,7 +115,8 @@ __global__ void __launch_bounds__(kThreads)
         best = fmaxf(best, score);
       }
       const int64_t row = int64_t{begin + token - chunk_begin} * p.num_kv_heads + head;
-      static_cast<Key<T>*>(p.workspace)[row * row_pages + first + page] = from_float<Key<T>>(any_nan ? NAN : best);
+      static_cast<ScoreOf<T>*>(p.workspace)[row * row_pages + first + page] =
+          from_float<ScoreOf<T>>(any_nan ? NAN : best);
     }
     __syncthreads();
   }

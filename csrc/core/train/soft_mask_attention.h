@@ -10,15 +10,15 @@ namespace unique_attn {
 enum class MaskMode : int { kDense, kSoft, kHard };
 
 // logits[j] = scale * q . k_j + log g_p for every key j of page p that the query may see. Of a candidate page p (see
-// candidate_pages), with s_p its score in fp32 (not rounded to the order key):
+// candidate_pages), with s_p its score in fp32 (not rounded to the score type):
 //   kSoft:  g_p = sigmoid((s_p - theta) / tau)
 //   kHard:  g_p = 1 if p is among `pages`, else 0
 // Every other visible page has gate 1; kDense: all have. Gates are recomputed, never stored.
 struct SoftMaskForwardParams {
   DType dtype;  // of q, k, v, out and of the index entries
   MaskMode mode;
-  Rule rule;
-  double spread;
+  ScoreForm form;  // of the rule, a trainable one
+  double spread_weight;
   double scale;
   PackedSequences seqs;
   int num_q_heads;   // Hq = G * H
@@ -35,8 +35,8 @@ struct SoftMaskForwardParams {
   IndexView index;       // [num_page_slots, H, 1, entry_bytes]; kSoft
   const void* theta;     // [N, H] contiguous fp32 (fp64 for fp64); kSoft
   const float* tau;      // one number on the device of q; kSoft
-  const int32_t* pages;  // [N, H, num_pages] contiguous, ascending logical pages, then -1; kHard
-  int num_pages;
+  const int32_t* pages;  // [N, H, num_selected] contiguous, ascending logical pages, then -1; kHard
+  int num_selected;
   void* out;  // [N, Hq, D] contiguous
   void* lse;  // [N, Hq] contiguous fp32 (fp64 for fp64), natural logarithm
   // CUDA: soft_mask_workspace_bytes bytes, aligned to 256; null if that is 0.

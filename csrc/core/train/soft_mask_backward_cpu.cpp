@@ -143,15 +143,15 @@ class Backward {
       const Acc root = query.gates.root[page];
       if (!(root > Acc(0))) continue;
       Acc* to = d_spread + int64_t{page} * stride;
-      if (p.rule == Rule::kDirectional) {
-        const V factor(gradient * Acc(p.spread) / root);
+      if (p.form == ScoreForm::kVectorSpread) {
+        const V factor(gradient * Acc(p.spread_weight) / root);
         for (int d = 0; d < stride; d += V::kLanes) {
           const V x = load(q + d, Full());
           store(to + d, load(to + d, Full()) + factor * x * x, Full());
         }
-      } else if (p.rule == Rule::kUnique) {
+      } else if (p.form == ScoreForm::kScalarSpread) {
         const Acc std = to_scalar(entry[p.head_dim]);
-        const V factor(gradient * Acc(p.spread) * root / (std * std));  // root = norm(q) * std
+        const V factor(gradient * Acc(p.spread_weight) * root / (std * std));  // root = norm(q) * std
         for (int d = 0; d < stride; d += V::kLanes) store(to + d, load(to + d, Full()) + factor, Full());
       }
     }

@@ -26,7 +26,7 @@ class QueryLogits {
         group(p.num_q_heads / p.num_kv_heads),
         stride(static_cast<int>(round_up(p.head_dim, V::kLanes))),
         row(round_up(p.seqs.max_seqlen, kMaxTile) + kMaxTile),
-        gates(p.seqs, p.rule, p.spread, group, p.head_dim, p.index),
+        gates(p.seqs, p.form, p.spread_weight, group, p.head_dim, p.index),
         scratch(Scratch::padded<const T*>(row) * 2 + Scratch::padded<Acc>(int64_t{padded_rows(group)} * stride) +
                 Scratch::padded<Acc>(int64_t{padded_rows(group)} * row) + Scratch::padded<Acc>(row) * 2) {
     keys = scratch.template take<const T*>(row);
@@ -112,11 +112,11 @@ class QueryLogits {
   void compute_gates(int64_t token) {
     const Acc infinity(__builtin_inff());
     if (p.mode == MaskMode::kHard) {
-      const int32_t* list = p.pages + (token * p.num_kv_heads + head) * p.num_pages;
+      const int32_t* list = p.pages + (token * p.num_kv_heads + head) * p.num_selected;
       int at = 0;
       for (int page = range.first; page < range.end; ++page) {
-        while (at < p.num_pages && list[at] >= 0 && list[at] < page) ++at;
-        log_gate[page] = at < p.num_pages && list[at] == page ? Acc(0) : -infinity;
+        while (at < p.num_selected && list[at] >= 0 && list[at] < page) ++at;
+        log_gate[page] = at < p.num_selected && list[at] == page ? Acc(0) : -infinity;
       }
       return;
     }

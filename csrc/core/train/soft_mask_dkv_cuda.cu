@@ -4,7 +4,7 @@
 // A page's score depends on its keys through mean and spread. With ds the gradient of the score and q the arg-max
 // head's query, over the S keys of the page:
 //   mean         dk_j += ds q / S
-//   directional  c sqrt(sum_d q_d^2 var_d):   dk_jd += ds c q_d^2 / sqrt(v) * (k_jd - mean_d) / S
+//   kVectorSpread  c sqrt(sum_d q_d^2 var_d):   dk_jd += ds c q_d^2 / sqrt(v) * (k_jd - mean_d) / S
 //   unique       lambda norm(q) std:          dk_jd += ds lambda norm(q) / std * (k_jd - mean_d) / S
 #include "core/train/soft_mask_backward.cuh"
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     multiply_abt<kTiles>(prob, shared.k + warp * 16 * kStride, kStride, shared.q, kStride, DP);
     const bool gated = any_gate(p, last_token, first_page, first_page + pages_per_tile);
     if (gated) {
-      if (p.mode == MaskMode::kSoft && p.rule == Rule::kUnique) {
+      if (p.mode == MaskMode::kSoft && p.form == ScoreForm::kScalarSpread) {
         query_norms<DP, C::kRows, kThreads>(shared.gates, shared.q);
         __syncthreads();
       }
@@ -209,12 +209,12 @@ __global__ void __launch_bounds__(kThreads)
             const int row = shared.gates.best[token * kGateStride + page];
             const float x = to_float(shared.q[row * kStride + d]);
             mean += gradient * x;
-            if (p.rule == Rule::kDirectional) {
+            if (p.form == ScoreForm::kVectorSpread) {
               const float root = shared.gates.spread[row * kGateStride + page];
-              if (root > 0.f) spread += gradient * static_cast<float>(p.spread) * x * x / root;
-            } else if (p.rule == Rule::kUnique) {
+              if (root > 0.f) spread += gradient * static_cast<float>(p.spread_weight) * x * x / root;
+            } else if (p.form == ScoreForm::kScalarSpread) {
               const float std = shared.pages.std[page];
-              if (std > 0.f) spread += gradient * static_cast<float>(p.spread) * shared.gates.q_norm[row] / std;
+              if (std > 0.f) spread += gradient * static_cast<float>(p.spread_weight) * shared.gates.q_norm[row] / std;
             }
           }
           shared.d_mean[page][d] += mean;

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kWarps* kWarp)
       copy_async_wait<0>();
     }
     __syncthreads();
-    if (tile == 0 && p.rule == Rule::kUnique && p.mode == MaskMode::kSoft) {
+    if (tile == 0 && p.form == ScoreForm::kScalarSpread && p.mode == MaskMode::kSoft) {
       query_norms<DP, C::kRows, kThreads>(shared.gates, shared.q);
       __syncthreads();
     }

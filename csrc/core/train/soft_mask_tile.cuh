@@ -46,8 +46,8 @@ __device__ __forceinline__ void load_tile(T* tile, int num_rows, int head_dim, c
 template <typename T, int DP>
 struct PageTile {
   T mean[kTilePages * tile_stride<T>(DP)];
-  SpreadType<T> var[kTilePages * tile_stride<SpreadType<T>>(DP)];  // `directional`
-  float std[kTilePages];                                           // `unique`
+  SpreadType<T> var[kTilePages * tile_stride<SpreadType<T>>(DP)];  // kVectorSpread
+  float std[kTilePages];                                           // kScalarSpread
 };
 
 template <int DP, int kThreads, typename T>
@@ -61,14 +61,14 @@ __device__ __forceinline__ void load_pages(PageTile<T, DP>& tile, const SoftMask
     return reinterpret_cast<const T*>(p.index.data + slot * p.index.stride_block + s.head * p.index.stride_head);
   };
   load_tile<DP, kThreads>(tile.mean, kTilePages, p.head_dim, entry);
-  if (p.rule == Rule::kDirectional) {
+  if (p.form == ScoreForm::kVectorSpread) {
     for (int i = threadIdx.x; i < kTilePages * DP; i += kThreads) {
       const T* vectors = entry(i / DP);
       const int d = i % DP;
       const float std = vectors != nullptr && d < p.head_dim ? to_float(vectors[p.head_dim + d]) : 0.f;
       tile.var[i / DP * tile_stride<SpreadType<T>>(DP) + d] = from_float<SpreadType<T>>(std * std);
     }
-  } else if (p.rule == Rule::kUnique && threadIdx.x < kTilePages) {
+  } else if (p.form == ScoreForm::kScalarSpread && threadIdx.x < kTilePages) {
     const T* vectors = entry(threadIdx.x);
     tile.std[threadIdx.x] = vectors != nullptr ? to_float(vectors[p.head_dim]) : 0.f;
   }
@@ -78,11 +78,11 @@ __device__ __forceinline__ void load_pages(PageTile<T, DP>& tile, const SoftMask
 template <int kRows>
 struct GateTile {
   float score[kRows * kGateStride];     // per row; later the sums of d logits over a page's keys
-  float spread[kRows * kGateStride];    // per row: sqrt(v) of `directional`
+  float spread[kRows * kGateStride];    // per row: sqrt(v) of kVectorSpread
   float log_gate[kRows * kGateStride];  // per token (row `token`), base 2
   float slope[kRows * kGateStride];     // per token: d log gate / d score, natural logarithm
   int best[kRows * kGateStride];        // per token: row of the head with the largest score
-  float q_norm[kRows];                  // `unique`
+  float q_norm[kRows];                  // kScalarSpread
 };
 
 template <int DP, int kRows, int kThreads, typename T>
@@ -133,7 +133,7 @@ __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const Soft
     float u[2][4] = {}, v[2][4] = {};
     const T* rows = q_tile + warp * 16 * tile_stride<T>(DP);
     multiply_abt<2>(u, rows, tile_stride<T>(DP), pages.mean, tile_stride<T>(DP), DP);
-    if (p.rule == Rule::kDirectional) {
+    if (p.form == ScoreForm::kVectorSpread) {
       multiply_squared_abt<2>(v, rows, tile_stride<T>(DP), pages.var, tile_stride<SpreadType<T>>(DP), DP);
     }
 #pragma unroll
@@ -143,9 +143,9 @@ __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const Soft
         const int row = warp * 16 + lane / 4 + c / 2 * 8;
         const int page = n * 8 + lane % 4 * 2 + c % 2;
         float root = 0.f;
-        if (p.rule == Rule::kDirectional) root = sqrtf(v[n][c]);
-        if (p.rule == Rule::kUnique) root = gates.q_norm[row] * pages.std[page];
-        gates.score[row * kGateStride + page] = u[n][c] + static_cast<float>(p.spread) * root;
+        if (p.form == ScoreForm::kVectorSpread) root = sqrtf(v[n][c]);
+        if (p.form == ScoreForm::kScalarSpread) root = gates.q_norm[row] * pages.std[page];
+        gates.score[row * kGateStride + page] = u[n][c] + static_cast<float>(p.spread_weight) * root;
         gates.spread[row * kGateStride + page] = root;
       }
     }
@@ -161,8 +161,8 @@ __device__ __forceinline__ void compute_gates(GateTile<kRows>& gates, const Soft
     if (first_page + page >= range.first && first_page + page < range.end) {
       const int64_t n = int64_t{s.start} + first_token + token;
       if (p.mode == MaskMode::kHard) {
-        const int32_t* list = p.pages + (n * p.num_kv_heads + s.head) * p.num_pages;
-        log_gate = contains(list, p.num_pages, first_page + page) ? 0.f : -INFINITY;
+        const int32_t* list = p.pages + (n * p.num_kv_heads + s.head) * p.num_selected;
+        log_gate = contains(list, p.num_selected, first_page + page) ? 0.f : -INFINITY;
       } else {
         float score = gates.score[best * kGateStride + page];
         for (int row = best + 1; row < (token + 1) * s.group; ++row) {

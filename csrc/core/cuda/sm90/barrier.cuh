@@ -12,7 +12,6 @@
 namespace unique_attn {
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 8;  // warps that read a buffer: two warpgroups
 
 #ifdef UA_HOPPER
 
@@ -68,19 +67,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 // Ordinary stores to shared memory become visible to wgmma and TMA; before a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Stage and parity of a ring of kStages buffers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // The warpgroup of this thread, known to be the same for all threads of a warp: addresses that depend on it stay in
 // uniform registers, where wgmma and TMA want them.

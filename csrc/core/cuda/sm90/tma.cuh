@@ -66,6 +66,15 @@ __device__ __forceinline__ void zero_rows(char* tiles, int tile_bytes, int first
   }
 }
 
+// Zeroes the rows [first, rows) of the kTiles tiles of every stage of a ring: those that no copy fills.
+template <int kStages, int kTiles, int kThreads>
+__device__ __forceinline__ void zero_unused_rows(char* tiles, int tile_bytes, int first, int rows) {
+#pragma unroll 1
+  for (int stage = 0; stage < kStages; ++stage) {
+    zero_rows<kTiles, kThreads>(tiles + stage * kTiles * tile_bytes, tile_bytes, first, rows, threadIdx.x);
+  }
+}
+
 // After the last of them: products of all kThreads threads see the zeros.
 template <int kThreads>
 __device__ __forceinline__ void finish_zero_rows(int barrier) {

@@ -103,7 +103,7 @@ cudaError_t Launcher::score_maps(ScoreMaps& maps) const {
 }
 
 cudaError_t Launcher::scores(int begin, int end, int row_pages, __nv_bfloat16* out) {
-  if (begin == 0 && p_.rule == Rule::kDirectional) {
+  if (begin == 0 && p_.form == ScoreForm::kVectorSpread) {
     UA_RETURN_IF(launch_squares(args(0, 0, 0, 0, 0), at<__nv_bfloat16>(plan_.squares), false, stream_));
   }
   ScoreMaps maps;
@@ -127,7 +127,7 @@ cudaError_t Launcher::forward() {
   UA_RETURN_IF(encode_tensor_map(maps.q, queries(p_.q, p_.q_stride_token, p_.q_stride_head, p_.seqs.total_tokens)));
   UA_RETURN_IF(encode_tensor_map(maps.k, keys(p_.k, p_.k_stride_token, p_.k_stride_head, kForwardKeys)));
   UA_RETURN_IF(encode_tensor_map(maps.v, keys(p_.v, p_.v_stride_token, p_.v_stride_head, kForwardKeys)));
-  if (p_.mode == MaskMode::kSoft && p_.rule == Rule::kDirectional) {
+  if (p_.mode == MaskMode::kSoft && p_.form == ScoreForm::kVectorSpread) {
     UA_RETURN_IF(launch_squares(args(0, 0, 0, 0, 0), at<__nv_bfloat16>(plan_.squares), false, stream_));
   }
   return each_query_chunk([&](const HopperArgs& a) {
@@ -142,8 +142,8 @@ cudaError_t Launcher::forward() {
 
 cudaError_t Launcher::backward(const SoftMaskBackwardParams& b) {
   const bool soft = p_.mode == MaskMode::kSoft;
-  const bool spreads = soft && p_.rule != Rule::kMean;
-  const bool directional = soft && p_.rule == Rule::kDirectional;
+  const bool spreads = soft && p_.form != ScoreForm::kMean;
+  const bool directional = soft && p_.form == ScoreForm::kVectorSpread;
   const int64_t grad_stride = int64_t{p_.num_q_heads} * p_.head_dim;
   const int page_size = p_.seqs.page_size;
   auto* stats = at<float2>(plan_.stats);
@@ -210,8 +210,8 @@ cudaError_t boundary_scores_hopper(const PageBoundaryParams& b, int begin, int e
                                    cudaStream_t stream) {
   SoftMaskForwardParams p{};
   p.dtype = b.dtype;
-  p.rule = b.rule;
-  p.spread = b.spread;
+  p.form = b.form;
+  p.spread_weight = b.spread_weight;
   p.seqs = b.seqs;
   p.num_q_heads = b.num_q_heads;
   p.num_kv_heads = b.num_kv_heads;

@@ -4,7 +4,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "core/cuda/math.cuh"
-#include "core/cuda/sm90/wgmma.cuh"
+#include "core/cuda/sm90/roles.cuh"
 #include "core/train/sm90/plan.h"
 
 namespace unique_attn {
@@ -101,6 +101,27 @@ __device__ __forceinline__ void keep_operand(const unsigned (&operand)[kCount], 
   }
 }
 #endif
+
+// Tiles of `tile_tokens` tokens in the longest sequence's part of `span` tokens; and of the chunk's queries.
+inline int tiles_of(const HopperArgs& a, int span, int tile_tokens) {
+  return (min_of(span, a.p.seqs.max_seqlen) + tile_tokens - 1) / tile_tokens;
+}
+inline int query_tiles(const HopperArgs& a, int tile_tokens) {
+  return tiles_of(a, a.chunk.token_end - a.chunk.token_begin, tile_tokens);
+}
+
+// A kernel with roles over thread blocks [tile, KV head, sequence].
+template <typename Roles, typename Shared, typename Kernel, typename Maps, typename... Rest>
+cudaError_t launch_roles(Kernel* kernel, const HopperArgs& a, int tiles, cudaStream_t stream, const Maps& maps,
+                         Rest... rest) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Shared>);
+  if (error != cudaSuccess) return error;
+  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
+    kernel<<<dim3(tiles, a.p.num_kv_heads, count), Roles::kThreads, kSharedBytes<Shared>, stream>>>(
+        maps, a.from_sequence(first), rest...);
+  });
+}
 
 enum class ScoreOutput { kScores, kGates, kGatesForBackward };
 struct ScoreMaps {

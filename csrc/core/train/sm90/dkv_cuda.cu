@@ -6,7 +6,7 @@
 namespace unique_attn {
 namespace {
 
-constexpr int kThreads = 3 * kWarpgroup;
+using Roles = WarpRoles<2, 24, 240>;
 constexpr int kStages = 3;
 constexpr int kRows = 64;
 constexpr int kMaxGates = kRows * kDkvKeys / 4;
@@ -21,7 +21,7 @@ struct Shared {
   alignas(128) __half log_gates[kStages][kMaxGates];
   alignas(16) float2 stats[kStages][kRows];
   uint64_t keys_full;
-  uint64_t full[kStages], empty[kStages];
+  StageBarriers<kStages> ring;
 };
 
 #ifdef UA_HOPPER
@@ -34,13 +34,13 @@ __device__ __forceinline__ float2 load_gates(const __half* of_token, const int (
 #endif
 
 template <typename T, int D, bool kGated>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles::kThreads, 1)
     soft_mask_dkv_hopper(const __grid_constant__ DkvMaps maps, const __grid_constant__ HopperArgs a,
                          const float2* stats, const float* page_grads, T* dk, T* dv) {
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
+  auto& shared = shared_storage<S>(shared_bytes);
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
@@ -50,33 +50,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (first_key >= length || start + first_key >= a.chunk.key_end) return;
   // No token before the first key sees any of them.
   const int num_tiles = (length - first_key + a.tokens - 1) / a.tokens;
-  const int warpgroup = threadIdx.x / kWarpgroup;
   const int box = gate_box(kDkvKeys, a.p.seqs.page_size);
   const int used_rows = a.tokens * a.group;
 
-  if (threadIdx.x == 0) {
-    barrier_init(&shared.keys_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&shared.full[i], 1 + kWarp);
-      barrier_init_warps(&shared.empty[i], kConsumers);
-    }
-    barrier_init_fence();
-  }
-  // Rows that no copy fills are zeros.
-  for (int i = threadIdx.x; i < kStages * S::kTiles * (kRows - used_rows) * kSwizzleRow / 4; i += kThreads) {
-    const int per_tile = (kRows - used_rows) * kSwizzleRow / 4;
-    const int at = used_rows * kSwizzleRow / 4 + i % per_tile;
-    reinterpret_cast<unsigned*>(shared.q[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
-    reinterpret_cast<unsigned*>(shared.grad[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
-  }
-  for (int i = threadIdx.x; i < kStages * kMaxGates / 2 && used_rows < kRows; i += kThreads) {
-    reinterpret_cast<unsigned*>(shared.log_gates)[i] = 0u;
-  }
-  fence_async_proxy();
-  __syncthreads();
+  const int warpgroup = enter_roles<Roles>(
+      [&] {
+        barrier_init(&shared.keys_full, 1);
+        shared.ring.init(Roles::kReaders, 1 + kWarp);
+      },
+      [&] {
+        constexpr int kNext = sizeof(shared.q[0][0]);
+        zero_unused_rows<kStages, S::kTiles, Roles::kThreads>(shared.q[0][0], kNext, used_rows, kRows);
+        zero_unused_rows<kStages, S::kTiles, Roles::kThreads>(shared.grad[0][0], kNext, used_rows, kRows);
+        for (int i = threadIdx.x; i < kStages * kMaxGates / 2 && used_rows < kRows; i += Roles::kThreads) {
+          reinterpret_cast<unsigned*>(shared.log_gates)[i] = 0u;
+        }
+        fence_async_proxy();
+      });
 
-  if (warpgroup == 2) {
-    registers_give<24>();
+  if (Roles::copies(warpgroup)) {
     const int lane = threadIdx.x - 2 * kWarpgroup;
     if (lane >= kWarp) return;
     if (lane == 0) {
@@ -103,21 +95,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                            ? stats[int64_t{n} * a.p.num_q_heads + head * a.group + row % a.group]
                            : make_float2(INFINITY, 0.f);
       }
-      barrier_wait(&shared.empty[i], ring.parity ^ 1);
+      ring.wait_free(shared.ring);
+      uint64_t* full = &shared.ring.full[i];
       if (lane == 0) {
-        barrier_expect(&shared.full[i], bytes);
-        tma_load_tiles<D>(shared.q[i][0], sizeof(shared.q[0][0]), maps.q, &shared.full[i], head * a.group, token);
-        tma_load_tiles<D>(shared.grad[i][0], sizeof(shared.q[0][0]), maps.grad, &shared.full[i], head * a.group, token);
-        if (kGated) tma_load(shared.log_gates[i], maps.log_gates, &shared.full[i], page & -kGateAlign, head, token);
+        barrier_expect(full, bytes);
+        tma_load_tiles<D>(shared.q[i][0], sizeof(shared.q[0][0]), maps.q, full, head * a.group, token);
+        tma_load_tiles<D>(shared.grad[i][0], sizeof(shared.q[0][0]), maps.grad, full, head * a.group, token);
+        if (kGated) tma_load(shared.log_gates[i], maps.log_gates, full, page & -kGateAlign, head, token);
       }
 #pragma unroll
       for (int r = 0; r < kRows / kWarp; ++r) shared.stats[i][r * kWarp + lane] = row_stats[r];
-      barrier_arrive(&shared.full[i]);
+      barrier_arrive(full);
       ring.advance();
     }
     return;
   }
-  registers_take<240>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -140,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Ring<kStages> ring;
 
   barrier_wait(&shared.keys_full, 0);
-  barrier_wait(&shared.full[0], 0);
+  ring.wait(shared.ring);
   pin(k_grad);
   pin(v_grad);
   wgmma_fence();
@@ -157,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(k_grad);
     pin(ds_operand);
     // The product before read the stage before for the last time.
-    if (tile > 0) barrier_arrive_warp(&shared.empty[stage == 0 ? kStages - 1 : stage - 1]);
+    if (tile > 0) shared.ring.release(stage == 0 ? kStages - 1 : stage - 1);
     // The sequence's last tile. Of the product with its queries that is done, rows past the end are not used.
     const bool ends = first_token + a.tokens > length;
     if (ends && has_next(a, start, length)) {
@@ -216,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     pack_operand<T>(ds_operand, x);
     pin(ds_operand);
     if (tile + 1 < num_tiles) {
-      barrier_wait(&shared.full[ring.stage], ring.parity);
+      ring.wait(shared.ring);
       wgmma_fence();
       product_ab<T, kRows / 16>(k_grad, ds_operand, shared.q[stage][0], kNext);
       product_abt<T, D>(x, k, kNext, shared.q[ring.stage][0], kNext);
@@ -262,17 +254,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int D, bool kGated>
 cudaError_t launch(const HopperArgs& a, const DkvMaps& maps, const float2* stats, const float* page_grads, void* dk,
                    void* dv, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<D>) + 1024;
-  const auto kernel = soft_mask_dkv_hopper<T, D, kGated>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int chunk = a.chunk.key_end - a.chunk.key_begin;
-  const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const int tiles = (longest + kDkvKeys - 1) / kDkvKeys;
-  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
-    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(
-        maps, a.from_sequence(first), stats, page_grads, static_cast<T*>(dk), static_cast<T*>(dv));
-  });
+  const int tiles = tiles_of(a, a.chunk.key_end - a.chunk.key_begin, kDkvKeys);
+  return launch_roles<Roles, Shared<D>>(soft_mask_dkv_hopper<T, D, kGated>, a, tiles, stream, maps, stats, page_grads,
+                                        static_cast<T*>(dk), static_cast<T*>(dv));
 }
 
 }  // namespace

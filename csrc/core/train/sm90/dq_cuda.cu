@@ -8,7 +8,7 @@ namespace unique_attn {
 namespace {
 
 constexpr int kKeys = kDqKeys;
-constexpr int kThreads = 3 * kWarpgroup;
+using Roles = WarpRoles<2, 40, 232>;
 constexpr int kStages = 3;
 constexpr int kMostPages = kKeys / 4;  // of a tile
 constexpr int kSumStride = kMostPages + 2;
@@ -27,7 +27,7 @@ struct Shared {
   alignas(8) float sums[2][64 * kSumStride];           // of dS over 8 keys (or a page of 4), per row
   alignas(8) unsigned weights[2][64 * kWeightStride];  // W / scale and the arg-max head, per token and page
   uint64_t q_full;
-  uint64_t full[kStages], empty[kStages];
+  StageBarriers<kStages> ring;
 };
 
 #ifdef UA_HOPPER
@@ -39,13 +39,13 @@ __device__ __forceinline__ float one_minus_exp2(float x) {
 #endif
 
 template <typename T, int D, MaskMode kMode>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles::kThreads, 1)
     soft_mask_dq_hopper(const __grid_constant__ DqMaps maps, const __grid_constant__ HopperArgs a, const float2* stats,
                         __nv_bfloat16* weights, T* dq) {
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
+  auto& shared = shared_storage<S>(shared_bytes);
   constexpr bool kGated = kMode != MaskMode::kDense;
   constexpr bool kSoft = kMode == MaskMode::kSoft;
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
@@ -54,30 +54,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (t.first >= t.end) return;
   const int last_token = min(t.first + 2 * a.tokens, t.end) - 1;
   const int num_tiles = last_token / kKeys + 1;
-  const int warpgroup = warpgroup_index();
   const int box = gate_box(kKeys, a.p.seqs.page_size);
   const int num_pages = mean_box(a.p.seqs.page_size);  // of a tile
 
-  if (threadIdx.x == 0) {
-    barrier_init(&shared.q_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&shared.full[i], 1);
-      barrier_init_warps(&shared.empty[i], kConsumers);
-    }
-    barrier_init_fence();
-  }
-  if (kSoft) {  // rows that no copy fills
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) {
-      zero_rows<S::kTiles, kThreads>(shared.mean[i][0], sizeof(shared.mean[0][0]), num_pages, kMostPages, threadIdx.x);
-    }
-    fence_async_proxy();
-  }
-  __syncthreads();
+  const int warpgroup = enter_roles<Roles>(
+      [&] {
+        barrier_init(&shared.q_full, 1);
+        shared.ring.init(Roles::kReaders);
+      },
+      [&] {
+        if (!kSoft) return;
+        zero_unused_rows<kStages, S::kTiles, Roles::kThreads>(shared.mean[0][0], sizeof(shared.mean[0][0]), num_pages,
+                                                              kMostPages);
+        fence_async_proxy();
+      });
 
-  if (warpgroup == 2) {
-    registers_give<40>();
-    if (threadIdx.x == 2 * kWarpgroup) {
+  if (Roles::copies(warpgroup)) {
+    if (Roles::one_copies()) {
       const int rows = a.group * a.tokens;
       barrier_expect(&shared.q_full, 4 * rows * D * static_cast<int>(sizeof(T)));
       for (int w = 0; w < 2; ++w) {
@@ -93,27 +86,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int tile = num_tiles - 1; tile >= 0; --tile) {
         const int i = ring.stage;
         const int page = tile * kKeys >> a.page_shift;
-        barrier_wait(&shared.empty[i], ring.parity ^ 1);
-        barrier_expect(&shared.full[i], bytes);
-        tma_load_tiles<D>(shared.k[i][0], sizeof(shared.k[0][0]), maps.k, &shared.full[i], head,
-                          t.start + tile * kKeys);
-        tma_load_tiles<D>(shared.v[i][0], sizeof(shared.v[0][0]), maps.v, &shared.full[i], head,
-                          t.start + tile * kKeys);
+        uint64_t* full = ring.acquire(shared.ring, bytes);
+        tma_load_tiles<D>(shared.k[i][0], sizeof(shared.k[0][0]), maps.k, full, head, t.start + tile * kKeys);
+        tma_load_tiles<D>(shared.v[i][0], sizeof(shared.v[0][0]), maps.v, full, head, t.start + tile * kKeys);
         for (int w = 0; w < 2 && kGated; ++w) {
           const int row = t.start + t.first + w * a.tokens - a.chunk.token_begin;
-          tma_load(shared.log_gates[i][w], maps.log_gates, &shared.full[i], page & -kGateAlign, head, row);
-          if (kSoft) tma_load(shared.best[i][w], maps.best, &shared.full[i], page & -kBestAlign, head, row);
+          tma_load(shared.log_gates[i][w], maps.log_gates, full, page & -kGateAlign, head, row);
+          if (kSoft) tma_load(shared.best[i][w], maps.best, full, page & -kBestAlign, head, row);
         }
         if (kSoft) {
-          tma_load_tiles<D>(shared.mean[i][0], sizeof(shared.mean[0][0]), maps.mean, &shared.full[i], head,
-                            slot + page);
+          tma_load_tiles<D>(shared.mean[i][0], sizeof(shared.mean[0][0]), maps.mean, full, head, slot + page);
         }
         ring.advance();
       }
     }
     return;
   }
-  registers_take<232>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -169,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int previous = 0;
 
   barrier_wait(&shared.q_full, 0);
-  barrier_wait(&shared.full[0], 0);
+  ring.wait(shared.ring);
   // The tile that comes first may be the sequence's last. Slots past a sequence's pages hold anything.
   const int tail = t.length - (num_tiles - 1) * kKeys;
   if (tail < kKeys && (kSoft || has_next(a, t.start, t.length))) {
@@ -257,14 +245,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_wait<0>();
     keep_operand(operand, a.tokens == 0, &shared.q_full);
     keep_operand(page_operand, a.tokens == 0, &shared.q_full);
-    if (tile < num_tiles - 1) barrier_arrive_warp(&shared.empty[previous]);
+    if (tile < num_tiles - 1) shared.ring.release(previous);
     pin(out);
     pin(operand);
     pack_operand<T>(operand, dp);
     pin(operand);
     ring.advance();
     if (tile > 0) {
-      barrier_wait(&shared.full[ring.stage], ring.parity);
+      ring.wait(shared.ring);
       wgmma_fence();
       product_abt<T, D>(s, q, kQNext, shared.k[ring.stage][0], kKeyNext);
       product_abt<T, D>(dp, grad, kQNext, shared.v[ring.stage][0], kKeyNext);
@@ -350,17 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int D, MaskMode kMode>
 cudaError_t launch(const HopperArgs& a, const DqMaps& maps, const float2* stats, __nv_bfloat16* weights, void* dq,
                    cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<D>) + 1024;
-  const auto kernel = soft_mask_dq_hopper<T, D, kMode>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int chunk = a.chunk.token_end - a.chunk.token_begin;
-  const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const int tiles = (longest + 2 * a.tokens - 1) / (2 * a.tokens);
-  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
-    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), stats,
-                                                                               weights, static_cast<T*>(dq));
-  });
+  return launch_roles<Roles, Shared<D>>(soft_mask_dq_hopper<T, D, kMode>, a, query_tiles(a, 2 * a.tokens), stream, maps,
+                                        stats, weights, static_cast<T*>(dq));
 }
 
 }  // namespace

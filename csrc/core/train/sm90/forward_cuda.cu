@@ -7,7 +7,7 @@ namespace unique_attn {
 namespace {
 
 constexpr int kKeys = kForwardKeys;
-constexpr int kThreads = 3 * kWarpgroup;
+using Roles = WarpRoles<2, 24, 240>;
 constexpr int kKeyStages = 3;  // a stage's gates are read after its product
 constexpr int kValueStages = 2;
 constexpr int kMaxGates = 64 * kKeys / 4;  // tokens x pages of 4 keys
@@ -20,17 +20,17 @@ struct Shared {
   alignas(1024) char v[kValueStages][kTiles][kKeys * kSwizzleRow];
   alignas(128) __half log_gates[kKeyStages][2][kMaxGates];
   uint64_t q_full;
-  uint64_t k_full[kKeyStages], k_empty[kKeyStages];
-  uint64_t v_full[kValueStages], v_empty[kValueStages];
+  StageBarriers<kKeyStages> keys;
+  StageBarriers<kValueStages> values;
 };
 
 template <typename T, int D, bool kGated>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles::kThreads, 1)
     soft_mask_forward_hopper(const __grid_constant__ ForwardMaps maps, const __grid_constant__ HopperArgs a) {
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
+  auto& shared = shared_storage<S>(shared_bytes);
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   // The last tiles see the most keys: start them first.
@@ -38,25 +38,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (t.first >= t.end) return;
   const int last_token = min(t.first + 2 * a.tokens, t.end) - 1;
   const int num_tiles = last_token / kKeys + 1;
-  const int warpgroup = warpgroup_index();
-
-  if (threadIdx.x == 0) {
+  const int warpgroup = enter_roles<Roles>([&] {
     barrier_init(&shared.q_full, 1);
-    for (int i = 0; i < kKeyStages; ++i) {
-      barrier_init(&shared.k_full[i], 1);
-      barrier_init_warps(&shared.k_empty[i], kConsumers);
-    }
-    for (int i = 0; i < kValueStages; ++i) {
-      barrier_init(&shared.v_full[i], 1);
-      barrier_init_warps(&shared.v_empty[i], kConsumers);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
+    shared.keys.init(Roles::kReaders);
+    shared.values.init(Roles::kReaders);
+  });
 
-  if (warpgroup == 2) {
-    registers_give<24>();
-    if (threadIdx.x == 2 * kWarpgroup) {
+  if (Roles::copies(warpgroup)) {
+    if (Roles::one_copies()) {
       const int rows = a.group * a.tokens;
       barrier_expect(&shared.q_full, 2 * rows * D * static_cast<int>(sizeof(T)));
       for (int w = 0; w < 2; ++w) {
@@ -69,28 +58,23 @@ __global__ void __launch_bounds__(kThreads, 1)
       Ring<kValueStages> values;
       for (int tile = num_tiles - 1; tile >= 0; --tile) {
         const int first_key = t.start + tile * kKeys;
-        barrier_wait(&shared.k_empty[keys.stage], keys.parity ^ 1);
-        barrier_expect(&shared.k_full[keys.stage], static_cast<int>(sizeof(shared.k[0])) + gate_bytes);
-        tma_load_tiles<D>(shared.k[keys.stage][0], sizeof(shared.k[0][0]), maps.k, &shared.k_full[keys.stage], head,
-                          first_key);
+        uint64_t* full = keys.acquire(shared.keys, static_cast<int>(sizeof(shared.k[0])) + gate_bytes);
+        tma_load_tiles<D>(shared.k[keys.stage][0], sizeof(shared.k[0][0]), maps.k, full, head, first_key);
         if constexpr (kGated) {
           for (int w = 0; w < 2; ++w) {
-            tma_load(shared.log_gates[keys.stage][w], maps.log_gates, &shared.k_full[keys.stage],
+            tma_load(shared.log_gates[keys.stage][w], maps.log_gates, full,
                      (tile * kKeys >> a.page_shift) & -kGateAlign, head,
                      t.start + t.first + w * a.tokens - a.chunk.token_begin);
           }
         }
         keys.advance();
-        barrier_wait(&shared.v_empty[values.stage], values.parity ^ 1);
-        barrier_expect(&shared.v_full[values.stage], sizeof(shared.v[0]));
-        tma_load_tiles<D>(shared.v[values.stage][0], sizeof(shared.v[0][0]), maps.v, &shared.v_full[values.stage], head,
-                          first_key);
+        full = values.acquire(shared.values, sizeof(shared.v[0]));
+        tma_load_tiles<D>(shared.v[values.stage][0], sizeof(shared.v[0][0]), maps.v, full, head, first_key);
         values.advance();
       }
     }
     return;
   }
-  registers_take<240>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -114,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int previous = 0;  // stage of the values that the product in flight reads
 
   barrier_wait(&shared.q_full, 0);
-  barrier_wait(&shared.k_full[0], 0);
+  keys.wait(shared.keys);
   wgmma_fence();
   product_abt<T, D>(s, q, kQNext, shared.k[0][0], kKeyNext);
   wgmma_commit();
@@ -123,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The tile that comes first may be the sequence's last. Of keys past the end no logit is used.
   const int tail = t.length - (num_tiles - 1) * kKeys;
   if (tail < kKeys && has_next(a, t.start, t.length)) {
-    barrier_wait(&shared.v_full[0], 0);
+    values.wait(shared.values);
     zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], sizeof(shared.v[0][0]), tail, kKeys, threadIdx.x);
     finish_zero_rows<2 * kWarpgroup>(1);
   }
@@ -145,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] *= scale;
     }
-    barrier_arrive_warp(&shared.k_empty[keys.stage]);
+    shared.keys.release(keys.stage);
     keys.advance();
     if (first_key + kKeys - 1 > first) {
 #pragma unroll
@@ -179,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     wgmma_wait<0>();
     keep_operand(probabilities, a.tokens == 0, &shared.q_full);
-    if (tile < num_tiles - 1) barrier_arrive_warp(&shared.v_empty[previous]);
+    if (tile < num_tiles - 1) shared.values.release(previous);
     pin(out);
     pin(probabilities);
 #pragma unroll
@@ -188,12 +172,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(out);
     pin(probabilities);
     if (tile > 0) {
-      barrier_wait(&shared.k_full[keys.stage], keys.parity);
+      keys.wait(shared.keys);
       wgmma_fence();
       product_abt<T, D>(s, q, kQNext, shared.k[keys.stage][0], kKeyNext);
       wgmma_commit();
     }
-    barrier_wait(&shared.v_full[values.stage], values.parity);
+    values.wait(shared.values);
     wgmma_fence();
     product_ab<T, kKeys / 16>(out, probabilities, shared.v[values.stage][0], kKeyNext);
     wgmma_commit();
@@ -226,17 +210,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int D, bool kGated>
 cudaError_t launch(const HopperArgs& a, const ForwardMaps& maps, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<D>) + 1024;
-  const auto kernel = soft_mask_forward_hopper<T, D, kGated>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int longest = a.chunk.token_end - a.chunk.token_begin < a.p.seqs.max_seqlen
-                          ? a.chunk.token_end - a.chunk.token_begin
-                          : a.p.seqs.max_seqlen;
-  const int tiles = (longest + 2 * a.tokens - 1) / (2 * a.tokens);
-  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
-    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first));
-  });
+  return launch_roles<Roles, Shared<D>>(soft_mask_forward_hopper<T, D, kGated>, a, query_tiles(a, 2 * a.tokens), stream,
+                                        maps);
 }
 
 }  // namespace

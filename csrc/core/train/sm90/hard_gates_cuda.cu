@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kThreads) hard_gates_kernel(const HopperArgs a
     gates[i] = page >= range.first && page < range.end ? __ushort_as_half(0xfc00) : __ushort_as_half(0);
   }
   __syncwarp();
-  const int32_t* pages = a.p.pages + (int64_t{token} * a.p.num_kv_heads + row % a.p.num_kv_heads) * a.p.num_pages;
-  for (int i = lane; i < a.p.num_pages; i += kWarp) {
+  const int32_t* pages = a.p.pages + (int64_t{token} * a.p.num_kv_heads + row % a.p.num_kv_heads) * a.p.num_selected;
+  for (int i = lane; i < a.p.num_selected; i += kWarp) {
     const int at = pages[i] - first_page;
     if (pages[i] >= 0 && at >= 0 && at < end) gates[at] = __ushort_as_half(0);
   }

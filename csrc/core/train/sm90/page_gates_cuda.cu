@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kPages = kScorePages;
 constexpr int kGroups = 3;  // warpgroups that multiply: as many as registers allow, against the latency of the epilogue
-constexpr int kThreads = (kGroups + 1) * kWarpgroup;
+using Roles = WarpRoles<kGroups, 24, 160>;
 constexpr int kStages = 3;
 constexpr int kStride = kPages + 4;  // against bank conflicts of the accumulators' pairs
 
@@ -21,7 +21,7 @@ struct Shared {
   alignas(16) float root[kGroups][64 * kStride];
   float theta[kGroups][64];
   int page_end[kGroups][64];  // candidates of a token are [sink_pages, page_end)
-  uint64_t full[kStages], empty[kStages];
+  StageBarriers<kStages> ring;
 };
 
 #ifdef UA_HOPPER
@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned square2(unsigned pair) {
 #endif
 
 template <typename T, int D, ScoreOutput kOutput>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles::kThreads, 1)
     page_gates_hopper(const __grid_constant__ ScoreMaps maps, const __grid_constant__ HopperArgs a,
                       const ScoreOutputs out) {
 #ifdef UA_HOPPER
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kScores = kOutput == ScoreOutput::kScores;
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
+  auto& shared = shared_storage<S>(shared_bytes);
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const QueryTile t = query_tile(a, b, gridDim.x - 1 - blockIdx.x, kGroups * a.tokens);
@@ -79,39 +79,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int num_pages = min((last_token >> a.page_shift) + 1 - first_page, a.chunk.width);
   if (num_pages <= 0) return;
   const int num_tiles = (num_pages + kPages - 1) / kPages;
-  const bool spreads = a.p.rule == Rule::kDirectional;  // by a product; the spread of `unique` is norm(q) * std
-  const bool normed = a.p.rule == Rule::kUnique;
-  const int warpgroup = warpgroup_index();
+  const bool spreads = a.p.form == ScoreForm::kVectorSpread;  // by a product; a scalar spread is norm(q) * std
+  const bool normed = a.p.form == ScoreForm::kScalarSpread;
+  const int warpgroup = enter_roles<Roles>([&] { shared.ring.init(Roles::kReaders); });
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&shared.full[i], 1);
-      barrier_init_warps(&shared.empty[i], kGroups * 4);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
-
-  if (warpgroup == kGroups) {
-    registers_give<24>();
-    if (threadIdx.x == kGroups * kWarpgroup) {
+  if (Roles::copies(warpgroup)) {
+    if (Roles::one_copies()) {
       Ring<kStages> ring;
       const int slot = page_slot(t.start, b, a.p.seqs.page_size, first_page);
       for (int tile = 0; tile < num_tiles; ++tile) {
-        barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-        barrier_expect(&shared.full[ring.stage], static_cast<int>(sizeof(shared.mean[0])) * (spreads ? 2 : 1));
-        tma_load_tiles<D>(shared.mean[ring.stage][0], sizeof(shared.mean[0][0]), maps.mean, &shared.full[ring.stage],
-                          head, slot + tile * kPages);
+        uint64_t* full = ring.acquire(shared.ring, static_cast<int>(sizeof(shared.mean[0])) * (spreads ? 2 : 1));
+        tma_load_tiles<D>(shared.mean[ring.stage][0], sizeof(shared.mean[0][0]), maps.mean, full, head,
+                          slot + tile * kPages);
         if (spreads) {
-          tma_load_tiles<D>(shared.var[ring.stage][0], sizeof(shared.var[0][0]), maps.var, &shared.full[ring.stage],
-                            head, slot + tile * kPages);
+          tma_load_tiles<D>(shared.var[ring.stage][0], sizeof(shared.var[0][0]), maps.var, full, head,
+                            slot + tile * kPages);
         }
         ring.advance();
       }
     }
     return;
   }
-  registers_take<160>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -157,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   named_barrier(1 + warpgroup, kWarpgroup);
   const float per_tau = kScores ? 0.f : kLog2e / *a.p.tau;
-  const float c = static_cast<float>(a.p.spread);
+  const float weight = static_cast<float>(a.p.spread_weight);
   const int64_t row0 = ((int64_t{t.start} + first - a.chunk.token_begin) * a.p.num_kv_heads + head) * a.chunk.width;
   const int64_t row_stride = int64_t{a.p.num_kv_heads} * a.chunk.width;
 
@@ -207,8 +195,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         *reinterpret_cast<uchar2*>(out.best + at) = make_uchar2(best[0], best[1]);
         const float* roots = root + token * group * kStride + lane * 2;
         const float of[2] = {roots[best[0] * kStride], roots[best[1] * kStride + 1]};
-        *reinterpret_cast<__nv_bfloat162*>(out.slopes + at) =
-            __floats2bfloat162_rn(of[0] > 0.f ? __fdividef(c, of[0]) : 0.f, of[1] > 0.f ? __fdividef(c, of[1]) : 0.f);
+        *reinterpret_cast<__nv_bfloat162*>(out.slopes + at) = __floats2bfloat162_rn(
+            of[0] > 0.f ? __fdividef(weight, of[0]) : 0.f, of[1] > 0.f ? __fdividef(weight, of[1]) : 0.f);
       }
     }
   };
@@ -216,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Ring<kStages> ring;
   for (int tile = 0; tile < num_tiles; ++tile) {
     float u[kPages / 2], v[kPages / 2];
-    barrier_wait(&shared.full[ring.stage], ring.parity);
+    ring.wait(shared.ring);
     // Fence and commit in the block of their products, or the compiler puts in another fence.
     if (spreads) {
       wgmma_fence();
@@ -231,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_wait<0>();
     pin(u);
     pin(v);
-    barrier_arrive_warp(&shared.empty[ring.stage]);
+    shared.ring.release(ring.stage);
     ring.advance();
     share();  // the scores of the tile before are used up
 #pragma unroll
@@ -243,7 +231,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int page = tile * kPages + i / 4 * 8 + lane % 4 * 2;
         spread = make_float2(norms[i / 2 % 2] * std_of(page), norms[i / 2 % 2] * std_of(page + 1));
       }
-      *reinterpret_cast<float2*>(score + at) = make_float2(fmaf(c, spread.x, u[i]), fmaf(c, spread.y, u[i + 1]));
+      *reinterpret_cast<float2*>(score + at) =
+          make_float2(fmaf(weight, spread.x, u[i]), fmaf(weight, spread.y, u[i + 1]));
       if (kBackward) *reinterpret_cast<float2*>(root + at) = spread;
     }
     share();
@@ -272,16 +261,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int D, ScoreOutput kOutput>
 cudaError_t launch(const HopperArgs& a, const ScoreMaps& maps, const ScoreOutputs& out, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<D>) + 1024;
-  const auto kernel = page_gates_hopper<T, D, kOutput>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int chunk = a.chunk.token_end - a.chunk.token_begin;
-  const int longest = chunk < a.p.seqs.max_seqlen ? chunk : a.p.seqs.max_seqlen;
-  const int tiles = (longest + kGroups * a.tokens - 1) / (kGroups * a.tokens);
-  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
-    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), out);
-  });
+  return launch_roles<Roles, Shared<D>>(page_gates_hopper<T, D, kOutput>, a, query_tiles(a, kGroups * a.tokens), stream,
+                                        maps, out);
 }
 
 }  // namespace

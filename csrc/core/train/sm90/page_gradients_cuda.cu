@@ -9,7 +9,7 @@ namespace unique_attn {
 namespace {
 
 constexpr int kPages = kGradPages;
-constexpr int kThreads = 3 * kWarpgroup;
+using Roles = WarpRoles<2, 40, 232>;
 constexpr int kStages = 4;  // even: a stage always has the same warpgroup
 constexpr int kRows = 64;
 
@@ -22,7 +22,7 @@ struct Shared {
   alignas(128) __nv_bfloat16 weights[kStages][kRows * kPages];  // [token, page]
   alignas(128) __nv_bfloat16 slopes[kStages][kRows * kPages];
   alignas(128) uint8_t best[kStages][kRows * kPages];
-  uint64_t full[kStages], empty[kStages];
+  StageBarriers<kStages> ring;
   uint64_t zeroed;
 };
 
@@ -75,13 +75,13 @@ __device__ __forceinline__ void build_operands(const HopperArgs& a, const S& sha
 
 // grads: [num_page_slots, H, 2, D] fp32, added to.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles::kThreads, 1)
     page_gradients_hopper(const __grid_constant__ PageGradMaps maps, const __grid_constant__ HopperArgs a,
                           float* grads) {
 #ifdef UA_HOPPER
   using S = Shared<T, D>;
   extern __shared__ char shared_bytes[];
-  auto& shared = *reinterpret_cast<S*>(shared_bytes + shared_padding(shared_bytes));
+  auto& shared = shared_storage<S>(shared_bytes);
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
   const int head = blockIdx.y;
   const int start = a.p.seqs.cu_seqlens[b];
@@ -95,29 +95,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (first >= stop) return;
   const int num_tiles = (stop - first + a.tokens - 1) / a.tokens;
   const int used_rows = a.tokens * a.group;
-  const bool spreads = a.p.rule != Rule::kMean;
-  const int warpgroup = warpgroup_index();
+  const bool spreads = a.p.form != ScoreForm::kMean;
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&shared.full[i], 1);
-      barrier_init_warps(&shared.empty[i], kConsumers / 2);
-    }
-    barrier_init_warps(&shared.zeroed, kWarpgroup / kWarp);
-    barrier_init_fence();
-  }
-  for (int i = threadIdx.x; i < kStages * S::kTiles * (kRows - used_rows) * kSwizzleRow / 4; i += kThreads) {
-    const int per_tile = (kRows - used_rows) * kSwizzleRow / 4;
-    const int at = used_rows * kSwizzleRow / 4 + i % per_tile;
-    reinterpret_cast<unsigned*>(shared.q[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
-    reinterpret_cast<unsigned*>(shared.q_squares[i / per_tile / S::kTiles][i / per_tile % S::kTiles])[at] = 0u;
-  }
-  fence_async_proxy();
-  __syncthreads();
+  const int warpgroup = enter_roles<Roles>(
+      [&] {
+        shared.ring.init(kWarpgroup / kWarp);  // one of the warpgroups reads a stage
+        barrier_init_warps(&shared.zeroed, kWarpgroup / kWarp);
+      },
+      [&] {
+        constexpr int kNext = sizeof(shared.q[0][0]);
+        zero_unused_rows<kStages, S::kTiles, Roles::kThreads>(shared.q[0][0], kNext, used_rows, kRows);
+        zero_unused_rows<kStages, S::kTiles, Roles::kThreads>(shared.q_squares[0][0], kNext, used_rows, kRows);
+        fence_async_proxy();
+      });
 
-  if (warpgroup == 2) {
-    registers_give<40>();
-    if (threadIdx.x == 2 * kWarpgroup) {
+  if (Roles::copies(warpgroup)) {
+    if (Roles::one_copies()) {
       const int row_bytes = used_rows * D * 2;
       const int bytes = row_bytes + a.tokens * kPages * 3 + (spreads ? row_bytes + a.tokens * kPages * 2 : 0);
       Ring<kStages> ring;
@@ -125,22 +118,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int i = ring.stage;
         const int token = start + first + tile * a.tokens;
         const int row = token - a.chunk.token_begin;
-        barrier_wait(&shared.empty[i], ring.parity ^ 1);
-        barrier_expect(&shared.full[i], bytes);
-        tma_load_tiles<D>(shared.q[i][0], sizeof(shared.q[0][0]), maps.q, &shared.full[i], head * a.group, token);
-        tma_load(shared.weights[i], maps.weights, &shared.full[i], first_page, head, row);
-        tma_load(shared.best[i], maps.best, &shared.full[i], first_page, head, row);
+        uint64_t* full = ring.acquire(shared.ring, bytes);
+        tma_load_tiles<D>(shared.q[i][0], sizeof(shared.q[0][0]), maps.q, full, head * a.group, token);
+        tma_load(shared.weights[i], maps.weights, full, first_page, head, row);
+        tma_load(shared.best[i], maps.best, full, first_page, head, row);
         if (spreads) {
-          tma_load_tiles<D>(shared.q_squares[i][0], sizeof(shared.q[0][0]), maps.q_squares, &shared.full[i],
-                            head * a.group, row);
-          tma_load(shared.slopes[i], maps.slopes, &shared.full[i], first_page, head, row);
+          tma_load_tiles<D>(shared.q_squares[i][0], sizeof(shared.q[0][0]), maps.q_squares, full, head * a.group, row);
+          tma_load(shared.slopes[i], maps.slopes, full, first_page, head, row);
         }
         ring.advance();
       }
     }
     return;
   }
-  registers_take<232>();
 
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
@@ -154,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 1) ring.advance();
   for (int tile = warpgroup; tile < num_tiles; tile += 2) {
     const int stage = ring.stage;
-    barrier_wait(&shared.full[stage], ring.parity);
+    ring.wait(shared.ring);
     ring.advance();
     ring.advance();
     const int first_token = first + tile * a.tokens;
@@ -193,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(spread);
     pin(mean_operand);
     pin(spread_operand);
-    barrier_arrive_warp(&shared.empty[stage]);
+    shared.ring.release(stage);
   }
 
   // Both warpgroups' sums, added in the same order every time.
@@ -255,8 +245,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_page_gradients_kernel(c
   float* of_mean = grads + (int64_t{slot} * a.p.num_kv_heads + head) * 2 * head_dim;
   float* of_spread = of_mean + head_dim;
   float sum = 0.f;
-  if (a.p.rule ==
-      Rule::kUnique) {  // one std for all channels: d spread = W lambda norm(q) / std = sum_d W lambda q_d^2 / root
+  if (a.p.form == ScoreForm::kScalarSpread) {
+    // One std for all channels: d spread = W weight norm(q) / std = sum_d W weight q_d^2 / root.
     for (int d = lane; d < head_dim; d += kWarp) sum += of_spread[d];
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
@@ -265,7 +255,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_page_gradients_kernel(c
     float mean = 0.f;
     for (int j = 0; j < page_size; ++j) mean += to_float(k[j * a.p.k_stride_token + d]);
     mean /= page_size;
-    const float spread = a.p.rule == Rule::kUnique ? sum : of_spread[d];
+    const float spread = a.p.form == ScoreForm::kScalarSpread ? sum : of_spread[d];
     of_mean[d] = (of_mean[d] - spread * mean) / page_size;
     of_spread[d] = spread / page_size;
   }
@@ -273,15 +263,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_page_gradients_kernel(c
 
 template <typename T, int D>
 cudaError_t launch(const HopperArgs& a, const PageGradMaps& maps, float* grads, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<T, D>) + 1024;
-  const auto kernel = page_gradients_hopper<T, D>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const int tile_tokens = kPages << a.page_shift;
-  const int tiles = (a.p.seqs.max_seqlen + tile_tokens - 1) / tile_tokens;
-  return launch_sequences(a.p.seqs.batch, [&](int first, unsigned count) {
-    kernel<<<dim3(tiles, a.p.num_kv_heads, count), kThreads, kBytes, stream>>>(maps, a.from_sequence(first), grads);
-  });
+  return launch_roles<Roles, Shared<T, D>>(
+      page_gradients_hopper<T, D>, a, tiles_of(a, a.p.seqs.max_seqlen, kPages << a.page_shift), stream, maps, grads);
 }
 
 }  // namespace
