@@ -1,4 +1,4 @@
-"""``examples/finetune.py`` on a tiny model, its data, what it measures, and the numbers in the README."""
+"""``examples/finetune.py`` on a tiny model, its data, what it measures, and the numbers in docs/quality.md."""
 
 from __future__ import annotations
 
@@ -239,14 +239,14 @@ def test_bad_input(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert not (tmp_path / "finetune.json").exists()
 
 
-# ---- What the README says. ----
+# ---- What the documentation says. ----
 
 
 def test_numbers_come_from_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "finetune-h100.json").read_text("utf-8"))
     assert len(result["options"]["seeds"]) >= 3
     assert finetuning.summarize(result) == result["summary"]
-    assert finetuning.table(result) in (ROOT / "README.md").read_text("utf-8")
+    assert finetuning.table(result) in (ROOT / "docs" / "quality.md").read_text("utf-8")
 
 
 def test_the_picture_comes_from_the_committed_result(tmp_path: Path):
