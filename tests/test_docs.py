@@ -18,16 +18,20 @@ import pytest
 from pictures import numbers
 
 import unique_attn
-from unique_attn import TrainConfig, UniqueConfig, ops, report
-from unique_attn.__main__ import main
+from benchmarks import report
+from benchmarks.cli import main
+from benchmarks.report import pages
+from unique_attn import TrainConfig, UniqueConfig, ops
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in FILES}
 
 
 def table(head: str) -> list[list[str]]:
-    """The cells of the README's table whose first heading begins with ``head``."""
-    (rows,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    """The cells of the one table in the README and docs/ whose first heading begins with ``head``."""
+    pattern = rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)"
+    (rows,) = [rows for text in PAGES.values() for rows in re.findall(pattern, text, re.MULTILINE)]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
 
 
@@ -39,7 +43,7 @@ def test_config_tables(config: type):
 
 
 def required(op: Callable[..., Any]) -> str:
-    """What a call of an op must give it, as the README writes it."""
+    """What a call of an op must give it, as the table of ops writes it."""
     parameters = inspect.signature(op).parameters.values()
     needed = [each for each in parameters if each.default is each.empty]
     names = [each.name for each in needed if each.kind is not each.KEYWORD_ONLY]
@@ -55,22 +59,23 @@ def test_ops_table():
 
 
 def test_rules_table():
-    listed = set(re.findall(r"^\| `(\w+)` \| \$", README, re.MULTILINE))
-    assert listed == set(ops.RULES)
+    listed = re.findall(r"^\| `(\w+)` \| \$", "".join(PAGES.values()), re.MULTILINE)
+    assert sorted(listed) == sorted(ops.RULES)
 
 
 def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
-    assert report.rewrite(README, results) == README, "run `python -m unique_attn report`"
+    for page, text in pages.rewrite(ROOT, report.blocks(results)).items():
+        assert page.read_text("utf-8") == text, "run `make report`"
 
 
 def test_pictures_come_from_committed_results(tmp_path: Path):
     """By the numbers in them: pixels depend on the version of matplotlib."""
     pytest.importorskip("matplotlib")
-    drawn = report.draw_all(report.load(ROOT / "benchmarks" / "results"), tmp_path)
+    drawn = report.draw(report.load(ROOT / "benchmarks" / "results"), tmp_path)
     for path in drawn:
-        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `python -m unique_attn report`"
+        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `make report`"
     others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
     assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
 
@@ -109,38 +114,36 @@ def sweep() -> dict[str, Any]:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
-    readme = tmp_path / "README.md"
-    results = report.load(ROOT / "benchmarks" / "results")
-    blocks = report.blocks(results)
-
-    def text(block: dict[str, str]) -> str:
-        return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
-
-    readme.write_text(text(dict.fromkeys(blocks, "old\n")))
-    assert main(["report", "--readme", str(readme)]) == 0
-    assert readme.read_text() == text(blocks)
-    assert capsys.readouterr().out == f"wrote {readme} and the pictures in {tmp_path / 'docs'}\n"
+    """Some blocks on one page and some on another."""
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "more.md"
+    page.parent.mkdir()
+    blocks = report.blocks(report.load(ROOT / "benchmarks" / "results"))
+    names = list(blocks)
+    for file, here in ((readme, names[::2]), (page, names[1::2])):
+        file.write_text("".join(pages.placed(name, "old\n") for name in here))
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    assert readme.read_text() == "".join(pages.placed(name, blocks[name]) for name in names[::2])
+    written = [pages.placed(name, blocks[name].replace("](docs/", "](")) for name in names[1::2]]
+    assert page.read_text() == "".join(written)
+    assert capsys.readouterr().out == f"wrote {readme}, {page} and the pictures in {tmp_path / 'docs'}\n"
     assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
-    readme.write_text("no markers")
-    assert main(["report", "--readme", str(readme)]) == 1
-    assert "expected the lines" in capsys.readouterr().err
 
 
 def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     pytest.importorskip("matplotlib")
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
-    readme.write_text(f"{report.BEGIN}{report.END}")
-    argv = ["report", "--results", str(folder), "--readme", str(readme)]
+    readme.write_text("# Read me\n")
+    argv = ["report", "--results", str(folder), "--root", str(tmp_path)]
     (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
     assert main(argv) == 0  # without a result over lengths there is nothing to say
-    assert readme.read_text() == f"{report.BEGIN}{report.END}"
+    assert readme.read_text() == "# Read me\n"
     assert not (tmp_path / "docs").exists()
     (folder / "soft-mask.json").write_text(json.dumps(sweep()))
     assert main(argv) == 1
-    assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
-    readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
+    assert "<!-- training results -->" in capsys.readouterr().err
+    readme.write_text(pages.placed("training results", ""))
     assert main(argv) == 0
     text = readme.read_text()
     assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
@@ -160,7 +163,8 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_public_names_are_there():
     """After `import unique_attn` alone, and without loading what is large, or absent, before it is asked for."""
-    names = sorted(set(re.findall(r"unique_attn\.(\w+)", re.sub(r"<!--.*?-->", "", README))) - {"git"})
+    text = re.sub(r"<!--.*?-->", "", "".join(PAGES.values()))
+    names = sorted(set(re.findall(r"unique_attn\.(\w+)", text)) - {"git"})
     code = f"""
         import sys, unique_attn
         assert not {{"transformers", "matplotlib"}} & set(sys.modules)
@@ -179,7 +183,9 @@ def test_no_advice_that_fails():
     """There is no release on a package index: `pip install unique_attn` would find nothing, or something else."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     files += [
-        file for folder in ("unique_attn", "build_tools", "examples", "csrc") for file in (ROOT / folder).rglob("*.py")
+        file
+        for folder in ("unique_attn", "build_tools", "examples", "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
     ]
     for file in files:
         assert not re.search(r"pip install[^\n`]*\bunique[_-]attn(\[|\b(?!\.git))", file.read_text("utf-8")), file
@@ -191,6 +197,6 @@ def test_links_lead_somewhere(page: str):
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
-    for path in re.findall(r"`((?:csrc|unique_attn|tests|examples|build_tools)/[\w/.]+)`", text):
+    for path in re.findall(r"`((?:csrc|unique_attn|tests|examples|benchmarks|build_tools)/[\w/.]+)`", text):
         if not re.search(r"\b(test_)?X\b", path):  # X stands for any op
             assert (ROOT / path).exists(), path
