@@ -113,7 +113,7 @@ def test_soft_mask(tmp_path: Path, capsys: pytest.CaptureFixture, device):
         assert each["largest_error"] < (0.05 if dtype == "bf16" else 1e-4)
     assert (result["bytes_per_token"] is None) == (device.type == "cpu")
     assert "sdpa_flash_attention" in capsys.readouterr().out
-    text = report.training([result])
+    text = report.training.block([result])
     assert "| 96 |" in text
     assert "| 192 |" in text
     assert str(Path.home()) not in path.read_text()

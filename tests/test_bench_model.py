@@ -1,4 +1,4 @@
-"""``bench model``: all sides compute the same model, what does not fit is left out, and the JSON says what it means."""
+"""``benchmarks model``: all sides compute the same model, what does not fit is left out, the JSON says what it is."""
 
 from __future__ import annotations
 

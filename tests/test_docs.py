@@ -81,7 +81,7 @@ def test_pictures_come_from_committed_results(tmp_path: Path):
 
 
 def sweep() -> dict[str, Any]:
-    """A result of `bench soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
+    """A result of `benchmarks soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
 
     def time(ms: float) -> dict[str, float]:
         return {"median_ms": ms}

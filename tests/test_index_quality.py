@@ -1,4 +1,4 @@
-"""bench index_quality: what it compares is what the ops compute, and its report."""
+"""``benchmarks index_quality``: what it compares is what the ops compute, and its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sides of ``bench model``: ways to attend in a decode step of one and the same Hugging Face model.
+"""The sides of ``benchmarks model``: ways to attend in a decode step of one and the same Hugging Face model.
 
 Every side is a cache that a :class:`GraphedStep` counts forward on the device, and the name of the attention
 implementation that reads it. All of them put their keys and values into one :class:`Storage`.

@@ -151,5 +151,6 @@ def plot_roofline(
         ax.plot(*zip(*values), "o", color=viz.HEADS[i % len(viz.HEADS)], markersize=4, alpha=0.8, label=name)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.minorticks_off()
     ax.grid(color=viz.GRID, linewidth=0.7)
     return _save(figure, ax.lines, path, {"subtitle": subtitle, "points": points, "gb_per_s": gb_per_s})
