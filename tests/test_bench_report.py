@@ -15,7 +15,7 @@ from pictures import numbers
 from benchmarks import report
 from benchmarks.cli import main
 from benchmarks.measure import ceiling, harness
-from benchmarks.report import charts, pages, plots, tables
+from benchmarks.report import charts, headline, pages, plots, tables
 
 SHAPE = ["--heads", "4/2", "--dtype", "fp32", "--device", "cpu", "--repeats", "1", "--threads", "1"]
 RUNS = {
@@ -55,6 +55,7 @@ def test_no_gpu_results_no_blocks(results: dict[str, dict[str, Any]]):
     cpu = [{**result, "environment": {**result["environment"], "device": "cpu"}} for result in results.values()]
     assert set(tables.blocks(cpu).values()) == {""}
     assert charts.figures(cpu) == {}
+    assert headline.block(cpu) == headline.block([]) == ""
 
 
 def test_tables(results: dict[str, dict[str, Any]]):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import charts, families, pages, plots, quality, summary, tables, training
+from benchmarks.report import charts, families, headline, pages, plots, quality, summary, tables, training
 from examples.support.results import ROOT
 
 
@@ -29,6 +29,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What goes between which markers; empty where there is no result."""
     return {
+        "headline": headline.block(results),
         "results": summary.block(results),
         "training results": training.block(results),
         "index quality results": quality.block(results),
