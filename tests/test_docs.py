@@ -19,8 +19,10 @@ import torch
 from pictures import numbers
 
 import unique_attn
-from unique_attn import TrainConfig, UniqueConfig, ops, report
-from unique_attn.__main__ import main
+from benchmarks import report
+from benchmarks.cli import main
+from benchmarks.report import pages
+from unique_attn import TrainConfig, UniqueConfig, ops
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,16 +87,11 @@ def test_sizes_of_the_index():
 def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
+    for page, text in pages.rewrite(ROOT, report.blocks(results)).items():
+        assert page.read_text("utf-8") == text, "run `make report`"
     for name, block in report.blocks(results).items():
-        opening, closing = report.markers(name)
-        homes = [page for page, text in PAGES.items() if opening in text]
+        homes = [page for page, text in PAGES.items() if f"<!-- {name} -->" in text]
         assert len(homes) == bool(block), f"{name}: expected in one page, found in {homes}"
-        for page in homes:
-            shown = PAGES[page].partition(opening)[2].partition(closing)[0]
-            folder = "docs/" if page == "README.md" else ""
-            assert shown == block.replace("](docs/", f"]({folder}"), (
-                f"{page}, {name}: run `python -m benchmarks report`"
-            )
 
 
 def test_measured_machines_are_named():
@@ -118,15 +115,15 @@ def test_temperatures_come_from_committed_results():
 def test_pictures_come_from_committed_results(tmp_path: Path):
     """By the numbers in them: pixels depend on the version of matplotlib."""
     pytest.importorskip("matplotlib")
-    drawn = report.draw_all(report.load(ROOT / "benchmarks" / "results"), tmp_path)
+    drawn = report.draw(report.load(ROOT / "benchmarks" / "results"), tmp_path)
     for path in drawn:
-        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `python -m unique_attn report`"
+        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `make report`"
     others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
     assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
 
 
 def sweep() -> dict[str, Any]:
-    """A result of `bench soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
+    """A result of `benchmarks soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
 
     def time(ms: float) -> dict[str, float]:
         return {"median_ms": ms}
@@ -159,38 +156,36 @@ def sweep() -> dict[str, Any]:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
-    readme = tmp_path / "README.md"
-    results = report.load(ROOT / "benchmarks" / "results")
-    blocks = report.blocks(results)
-
-    def text(block: dict[str, str]) -> str:
-        return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
-
-    readme.write_text(text(dict.fromkeys(blocks, "old\n")))
-    assert main(["report", "--readme", str(readme)]) == 0
-    assert readme.read_text() == text(blocks)
-    assert capsys.readouterr().out == f"wrote {readme} and the pictures in {tmp_path / 'docs'}\n"
+    """Some blocks on one page and some on another."""
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "more.md"
+    page.parent.mkdir()
+    blocks = report.blocks(report.load(ROOT / "benchmarks" / "results"))
+    names = list(blocks)
+    for file, here in ((readme, names[::2]), (page, names[1::2])):
+        file.write_text("".join(pages.placed(name, "old\n") for name in here))
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    assert readme.read_text() == "".join(pages.placed(name, blocks[name]) for name in names[::2])
+    written = [pages.placed(name, blocks[name].replace("](docs/", "](")) for name in names[1::2]]
+    assert page.read_text() == "".join(written)
+    assert capsys.readouterr().out == f"wrote {readme}, {page} and the pictures in {tmp_path / 'docs'}\n"
     assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
-    readme.write_text("no markers")
-    assert main(["report", "--readme", str(readme)]) == 1
-    assert "expected the lines" in capsys.readouterr().err
 
 
 def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     pytest.importorskip("matplotlib")
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
-    readme.write_text(f"{report.BEGIN}{report.END}")
-    argv = ["report", "--results", str(folder), "--readme", str(readme)]
+    readme.write_text("# Read me\n")
+    argv = ["report", "--results", str(folder), "--root", str(tmp_path)]
     (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
     assert main(argv) == 0  # without a result over lengths there is nothing to say
-    assert readme.read_text() == f"{report.BEGIN}{report.END}"
+    assert readme.read_text() == "# Read me\n"
     assert not (tmp_path / "docs").exists()
     (folder / "soft-mask.json").write_text(json.dumps(sweep()))
     assert main(argv) == 1
-    assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
-    readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
+    assert "<!-- training results -->" in capsys.readouterr().err
+    readme.write_text(pages.placed("training results", ""))
     assert main(argv) == 0
     text = readme.read_text()
     assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
@@ -230,7 +225,9 @@ def test_no_advice_that_fails():
     """There is no release on a package index: `pip install unique_attn` would find nothing, or something else."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     files += [
-        file for folder in ("unique_attn", "build_tools", "examples", "csrc") for file in (ROOT / folder).rglob("*.py")
+        file
+        for folder in ("unique_attn", "build_tools", "examples", "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
     ]
     for file in files:
         assert not re.search(r"pip install[^\n`]*\bunique[_-]attn(\[|\b(?!\.git))", file.read_text("utf-8")), file
@@ -293,7 +290,7 @@ class Messages(ast.NodeVisitor):
 
 def test_troubleshooting_quotes_real_messages():
     messages = Messages()
-    for folder in ("unique_attn", "build_tools"):
+    for folder in ("unique_attn", "build_tools", "examples"):
         for file in (ROOT / folder).rglob("*.py"):
             messages.visit(ast.parse(file.read_text("utf-8")))
     text = PAGES["docs/troubleshooting.md"]

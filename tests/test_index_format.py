@@ -10,7 +10,8 @@ from op_cases import DEVICES, HEAD_DIMS, Spec, build, examples
 from torch import Tensor
 
 from unique_attn import ops, reference, train
-from unique_attn.reference_index import decode_float8, encode_float8, group_channels, num_groups
+from unique_attn.index_format import decode_float8, group_channels, num_groups
+from unique_attn.reference_index import encode_float8
 
 COMPRESSIBLE = ["mean", "unique", "directional"]
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unique_attn.reference_index import compress, decode_index, encode_entry, new_index, page_entry  # noqa: F401
+from unique_attn.index_format import decode_index
+from unique_attn.reference_index import compress, encode_entry, new_index, page_entry  # noqa: F401
 
 DEFAULT_SPREAD = {"mean": 0.0, "unique": 0.5, "directional": 2.0, "minmax": 0.0}
 

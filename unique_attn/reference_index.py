@@ -1,6 +1,6 @@
-"""What an index entry holds and how it is stored, in plain PyTorch: the oracle of ``page_index`` and its bytes.
+"""What an index entry holds and how it is written, in plain PyTorch: the oracle of ``page_index`` and its bytes.
 
-Part of :mod:`unique_attn.reference`, which exports it. ``csrc/core/index/format.h`` describes the compressed format.
+Part of :mod:`unique_attn.reference`, which exports it. :mod:`unique_attn.index_format` reads the bytes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INDEX_FORMATS = ("exact", "compressed")
-SCALAR_BYTES = 16  # slot of the one scalar that an exact entry of `unique` stores behind its vector
+from unique_attn.index_format import (
+    SCALAR_BYTES,
+    decode_float8,
+    grouped,
+    index_entry_bytes,
+)
+
 _RULES = ("mean", "unique", "directional", "minmax")
 _FLOAT8_MAX = 61440.0
 
@@ -27,16 +32,6 @@ def page_entry(keys: Tensor, rule: str) -> tuple[Tensor, ...]:
     if rule == "minmax":
         return keys.amax(-2), keys.amin(-2)
     raise ValueError(f"rule: expected one of {', '.join(_RULES)}, got {rule!r}")
-
-
-def index_entry_bytes(rule: str, head_dim: int, dtype: torch.dtype, index_format: str = "exact") -> int:
-    """Bytes of one entry: one page and one KV head, keys of ``dtype`` with ``head_dim`` channels."""
-    if index_format == "exact":
-        return (2 if rule in ("directional", "minmax") else 1) * head_dim * dtype.itemsize + SCALAR_BYTES * (
-            rule == "unique"
-        )
-    codes = head_dim // 2 + (head_dim // 4) * (rule == "directional")
-    return -(-(4 * num_groups(head_dim) + codes) // 16) * 16
 
 
 def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str = "exact") -> Tensor:
@@ -63,35 +58,7 @@ def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype)
     return torch.cat(parts, -1).contiguous().view(torch.uint8)
 
 
-def decode_index(
-    index: Tensor, *, rule: str, dtype: torch.dtype, index_format: str = "exact", head_dim: int | None = None
-) -> tuple[Tensor, ...]:
-    """The parts of every entry, in the order of :func:`page_entry`: views in ``dtype`` of an exact index, fp32 copies
-    (the scalar fp64) of what a compressed one stands for, which needs to be told ``head_dim``."""
-    if index_format == "compressed":
-        if head_dim is None:
-            raise ValueError("head_dim: expected the head dimension of a compressed index, got None")
-        return decompress(index, rule, head_dim)
-    values: Tensor = index.view(dtype)
-    if rule == "mean":
-        return (values,)
-    if rule == "unique":
-        channels = values.shape[-1] - SCALAR_BYTES // dtype.itemsize
-        return values[..., :channels], values[..., channels]
-    half = values.shape[-1] // 2
-    return values[..., :half], values[..., half:]
-
-
 # ---- The compressed format. ----
-
-
-def group_channels(head_dim: int) -> int:
-    """Channels that share scales."""
-    return 16 if head_dim <= 64 else 32
-
-
-def num_groups(head_dim: int) -> int:
-    return -(-head_dim // group_channels(head_dim))
 
 
 def encode_float8(x: Tensor, *, up: bool = False) -> Tensor:
@@ -106,23 +73,12 @@ def encode_float8(x: Tensor, *, up: bool = False) -> Tensor:
     return ((exponent.long() + 14) * 8 + units).clamp(max=0xF7)
 
 
-def decode_float8(code: Tensor) -> Tensor:
-    """What 8-bit floats stand for, fp32: they are the upper half of a positive fp16 without its sign."""
-    return (code.to(torch.int16) << 7).view(torch.float16).float()
-
-
-def _grouped(x: Tensor) -> Tensor:
-    """``[..., D]`` as ``[..., groups, channels]``, with zeros behind the last channel."""
-    size, count = group_channels(x.shape[-1]), num_groups(x.shape[-1])
-    return torch.nn.functional.pad(x, (0, size * count - x.shape[-1])).unflatten(-1, (count, size))
-
-
 def compress(mean: Tensor, std: Tensor, rule: str) -> Tensor:
     """Compressed entries uint8 ``[..., entry_bytes]`` of means and standard deviations ``[..., D]``."""
     if rule not in ("mean", "unique", "directional"):
         raise ValueError(f"rule: expected mean, unique or directional for a compressed index, got {rule!r}")
     head_dim = mean.shape[-1]
-    x, y = _grouped(mean.float()), _grouped(std.float())
+    x, y = grouped(mean.float()), grouped(std.float())
     size = x.abs()
     first = size.argmax(-1, keepdim=True)
     rest = size.scatter(-1, first, 0.0).amax(-1, keepdim=True)
@@ -152,29 +108,3 @@ def compress(mean: Tensor, std: Tensor, rule: str) -> Tensor:
     entry = torch.cat(parts, -1)
     padding = index_entry_bytes(rule, head_dim, torch.float32, "compressed") - entry.shape[-1]
     return torch.nn.functional.pad(entry, (0, padding)).to(torch.uint8)
-
-
-def decompress(index: Tensor, rule: str, head_dim: int) -> tuple[Tensor, ...]:
-    """What compressed entries ``[..., entry_bytes]`` stand for, in the order of :func:`page_entry`."""
-    groups = num_groups(head_dim)
-    scales = index[..., : 4 * groups].unflatten(-1, (groups, 4))
-    v = scales[..., :2].contiguous().view(torch.float16).float()
-    s, t = decode_float8(scales[..., 2:3]), decode_float8(scales[..., 3:4])
-
-    def codes(begin: int, width: int) -> Tensor:
-        """``[..., groups, channels]`` numbers of ``width`` bits, zeros behind the last channel."""
-        packed = index[..., begin : begin + head_dim * width // 8].long()
-        shifts = torch.arange(0, 8, width, device=index.device)
-        return _grouped((packed[..., None] >> shifts & (1 << width) - 1).flatten(-2))
-
-    def channels(values: Tensor) -> Tensor:
-        return values.flatten(-2)[..., :head_dim]
-
-    code = codes(4 * groups, 4)
-    mean = channels(torch.where(code == 8, v, ((code ^ 8) - 8) * s))
-    if rule == "mean":
-        return (mean,)
-    if rule == "unique":
-        return mean, t.squeeze(-1).double().square().sum(-1).sqrt()
-    level = codes(4 * groups + head_dim // 2, 2)
-    return mean, channels(torch.where(level == 0, torch.minimum(s, t), (level + 1) * t))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unique_attn import reference_index
+from unique_attn import index_format as formats
 from unique_attn._load import load_library
 
 load_library()
@@ -30,7 +30,7 @@ RULES: dict[str, RuleInfo] = {
 }
 KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PAGE_SIZES = (4, 8, 16, 32, 64)
-INDEX_FORMATS = {name: number for number, name in enumerate(reference_index.INDEX_FORMATS)}  # csrc/core/types.h
+INDEX_FORMATS = {name: number for number, name in enumerate(formats.INDEX_FORMATS)}  # csrc/core/types.h
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -74,7 +74,7 @@ def index_entry_bytes(rule: str, head_dim: int, dtype: torch.dtype, index_format
     """
     rule_info(rule)
     format_id(index_format, rule)
-    return reference_index.index_entry_bytes(rule, head_dim, dtype, index_format)
+    return formats.index_entry_bytes(rule, head_dim, dtype, index_format)
 
 
 def new_index(k_cache: torch.Tensor, *, rule: str, page_size: int, index_format: str = "exact") -> torch.Tensor:
@@ -134,4 +134,4 @@ def decode_index(
     """
     rule_info(rule)
     format_id(index_format, rule)
-    return reference_index.decode_index(index, rule=rule, dtype=dtype, index_format=index_format, head_dim=head_dim)
+    return formats.decode_index(index, rule=rule, dtype=dtype, index_format=index_format, head_dim=head_dim)
