@@ -17,7 +17,7 @@ CXX_SOURCES = $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o
 # Which transformers `test-transformers` runs on; "locked" is the one of $(VENV).
 TRANSFORMERS ?= oldest locked newest
 
-.PHONY: help setup build demo test test-transformers bench info sanitize lint format lock cuda-compile cuda-hazards wheel clean \
+.PHONY: help setup build demo test test-transformers bench report info sanitize lint format lock cuda-compile cuda-hazards wheel clean \
 	distclean FORCE
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,7 @@ help:
 	@echo "make test-transformers  the Hugging Face tests on the oldest, the locked and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
 	@echo "make bench              the tables of benchmarks/results (BENCH_ARGS='decode ...' for a single benchmark)"
+	@echo "make report             tables and pictures of the README and docs/, from benchmarks/results"
 	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
 	@echo "make lint | format      linters | formatters"
 	@echo "make lock               requirements/lock.txt anew, with the newest versions"
@@ -62,7 +63,7 @@ build: $(VENV)/.installed
 # ---- The two commands of the README ----
 
 demo: build
-	$(BIN)/python -m unique_attn demo $(DEMO_ARGS)
+	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 test: build
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -73,7 +74,10 @@ info: build
 	@$(BIN)/python -m unique_attn info
 
 bench: build
-	$(BIN)/python -m unique_attn bench $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+report: build
+	$(BIN)/python -m benchmarks report
 
 # An environment with its own transformers on top of $(VENV), whose torch, built package and pip it uses.
 .venv-tf-%/.requirements: requirements/transformers-%.txt requirements/torch.txt $(VENV)/.requirements

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `examples`, where this is run as a file
 
 import unique_attn
-from unique_attn import TrainConfig, UniqueConfig
-from unique_attn.bench._harness import DTYPES, environment, write_json
-from unique_attn.finetuning import (
+from examples.finetuning import (
     Evaluation,
     offline_documents,
     plot,
@@ -40,7 +41,9 @@ from unique_attn.finetuning import (
     training_data,
     variant,
 )
-from unique_attn.models import SMOLLM2, SMOLLM2_NAME, ModelUnavailableError, load_model
+from examples.support.models import SMOLLM2, SMOLLM2_NAME, load_model
+from examples.support.results import DTYPES, environment, write_json
+from unique_attn import TrainConfig, UniqueConfig, _command
 from unique_attn.train_config import SCHEDULES
 
 LEARNING_RATE = {"full": 1e-4, "lora": 1e-3}
@@ -64,14 +67,14 @@ def train(
     class WeightedTrainer(Trainer):
         """The loss is a mean over tokens weighted by ``weights``, so that few answers count among much prose."""
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
             output = model(input_ids=inputs["input_ids"], use_cache=False)
             nll = token_nll(output.logits, inputs["input_ids"])
             weights = inputs["weights"][:, 1:]
             loss = (nll * weights).sum() / weights.sum()
             return (loss, output) if return_outputs else loss
 
-    callbacks = []
+    callbacks: list[Any] = []
     if how is not None:
         unique_attn.enable(model, config, train=how)  # before PEFT wraps it or after: both work
         callbacks.append(unique_attn.SparsityCallback(model))
@@ -108,8 +111,6 @@ def train(
 
 def run(options: argparse.Namespace, config: UniqueConfig, hows: Sequence[TrainConfig]) -> dict[str, Any]:
     """Everything that is measured, as plain data."""
-    from tqdm import tqdm
-
     dtype = DTYPES[options.dtype]
     base, tokenizer = load_model(options.model, device=options.device, quiet=options.quiet)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", options.length)
@@ -181,7 +182,7 @@ def result_file(options: argparse.Namespace) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     how = TrainConfig()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     p.add_argument("--model", default=SMOLLM2, help="a Hugging Face id, a local folder, or smollm2 (the default)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to train on; the last tenth is held out")
@@ -239,14 +240,9 @@ def check(options: argparse.Namespace) -> tuple[UniqueConfig, list[TrainConfig]]
     return config, [TrainConfig(tau=tau, **how) for tau in options.tau]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _command_line(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
-    try:
-        config, hows = check(options)
-        result = run(options, config, hows)
-    except (ValueError, OSError, ImportError, ModelUnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result = run(options, *check(options))
     print(table(result))
     written = [result_file(options)]
     try:
@@ -254,8 +250,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"no picture: {error}", file=sys.stderr)
     print(f"Wrote {', '.join(map(str, written))}")
-    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fine-tune, measure, and return the exit status."""
+    return _command.run(lambda: _command_line(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,14 +8,18 @@ python examples/generate.py --model ID       # any model of transformers
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `examples`, where this is run as a file
+
 import unique_attn
+from examples.support.models import load_model
 from unique_attn import UniqueConfig
-from unique_attn.models import load_model
 
 
 def tiny_model() -> Any:

@@ -19,6 +19,12 @@ SOURCES = {
     "unique_attn/_version.py": '__version__ = "1.2.3"\n',
     "unique_attn/py.typed": "",
     "README.md": "# small\n",
+    "benchmarks/__init__.py": "",
+    "benchmarks/suite/decode.py": "",
+    "benchmarks/results/decode-cpu.json": "{}\n",
+    "examples/demo.py": "",
+    "examples/support/document.txt": "",
+    "tests/test_small.py": "",
     "csrc/core/answer.h": "#pragma once\n#define ANSWER 42\n",
     "csrc/core/plain.cpp": '#include "answer.h"\nint answer() { return ANSWER; }\n',
     "csrc/core/isa_cpu.cpp": """

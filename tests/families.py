@@ -23,7 +23,7 @@ from family_configs import tiny_config
 from family_images import inputs
 from family_names import families
 
-from unique_attn.bench._machine import environment
+from examples.support.results import environment
 
 __all__ = ["build", "families", "inputs"]
 LIMIT = 60  # seconds for each family

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from unique_attn import bench, report
-from unique_attn.__main__ import main
-from unique_attn.bench import _ceiling, _harness, soft_mask
-from unique_attn.bench._harness import Timing
+from benchmarks import cli, report
+from benchmarks.cli import main
+from benchmarks.measure import ceiling, harness
+from benchmarks.measure.harness import Timing
+from benchmarks.suite import soft_mask
 
 SMALL = ["--context", "1024", "--heads", "4/2", "--head-dim", "32", "--budget", "128", "--repeats", "2"]
 
@@ -20,14 +21,14 @@ SMALL = ["--context", "1024", "--heads", "4/2", "--head-dim", "32", "--budget", 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch):
     """Timing is not what is tested here."""
-    monkeypatch.setattr(_harness.ColdCache, "flush", lambda self: None)
-    monkeypatch.setattr(_ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(harness.ColdCache, "flush", lambda self: None)
+    monkeypatch.setattr(ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
 
 
 def test_every_benchmark_has_the_parts():
-    assert "decode" in bench.names()
-    for name in bench.names():
-        module = importlib.import_module(f"unique_attn.bench.{name}")
+    assert "decode" in cli.names()
+    for name in cli.names():
+        module = importlib.import_module(f"benchmarks.suite.{name}")
         assert module.__doc__
         assert all(callable(getattr(module, part)) for part in ("add_arguments", "run", "report"))
 
@@ -35,7 +36,7 @@ def test_every_benchmark_has_the_parts():
 @pytest.mark.parametrize("rule", ["mean", "unique", "directional", "minmax"])
 def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture, device, rule: str):
     path = tmp_path / "deep" / "decode.json"
-    argv = ["bench", "decode", *SMALL, "--rule", rule, "--device", str(device), "--dtype", "fp32", "--out", str(path)]
+    argv = ["decode", *SMALL, "--rule", rule, "--device", str(device), "--dtype", "fp32", "--out", str(path)]
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "x faster" in printed
@@ -71,7 +72,7 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture, device, rule: str
 )
 def test_bad_options(argv: list[str], complaint: str):
     with pytest.raises(SystemExit, match=complaint):
-        main(["bench", "decode", *argv])
+        main(["decode", *argv])
 
 
 def test_timing():
@@ -83,7 +84,7 @@ def test_timing():
 def test_measure_takes_turns():
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = _harness.measure(runs, torch.device("cpu"), rounds=3, warmup=1)
+    timings = harness.measure(runs, torch.device("cpu"), rounds=3, warmup=1)
     assert calls == list("abababab")
     assert all(timing.rounds == 3 for timing in timings.values())
 
@@ -92,7 +93,7 @@ def test_soft_mask(tmp_path: Path, capsys: pytest.CaptureFixture, device):
     path = tmp_path / "soft_mask.json"
     shape = ["--tokens", "192", "96", "96", "--heads", "4/2", "--head-dim", "32", "--budget", "32", "--repeats", "1"]
     dtype = "bf16" if device.type == "cuda" else "fp32"  # what SDPA's flash kernels take
-    assert main(["bench", "soft_mask", *shape, "--device", str(device), "--dtype", dtype, "--out", str(path)]) == 0
+    assert main(["soft_mask", *shape, "--device", str(device), "--dtype", dtype, "--out", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["options"]["tokens"] == [96, 192] == [each["tokens"] for each in result["lengths"]]
     assert result["environment"]["torch"] == torch.__version__
@@ -112,7 +113,7 @@ def test_soft_mask(tmp_path: Path, capsys: pytest.CaptureFixture, device):
         assert each["largest_error"] < (0.05 if dtype == "bf16" else 1e-4)
     assert (result["bytes_per_token"] is None) == (device.type == "cpu")
     assert "sdpa_flash_attention" in capsys.readouterr().out
-    text = report.training([result])
+    text = report.training.block([result])
     assert "| 96 |" in text
     assert "| 192 |" in text
     assert str(Path.home()) not in path.read_text()
@@ -139,4 +140,4 @@ def test_bytes_per_token():
 )
 def test_bad_options_of_soft_mask(argv: list[str], complaint: str):
     with pytest.raises(SystemExit, match=complaint):
-        main(["bench", "soft_mask", "--device", "cpu", *argv])
+        main(["soft_mask", "--device", "cpu", *argv])

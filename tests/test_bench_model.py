@@ -1,4 +1,4 @@
-"""``bench model``: all sides compute the same model, what does not fit is left out, and the JSON says what it means."""
+"""``benchmarks model``: all sides compute the same model, what does not fit is left out, the JSON says what it is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from unique_attn import bench
-from unique_attn.__main__ import main
-from unique_attn.bench import _ceiling, _harness, _model_sides, _peers, _tables, model
+from benchmarks import cli
+from benchmarks.cli import main
+from benchmarks.measure import ceiling, harness, model_sides, peers
+from benchmarks.report import tables
+from benchmarks.suite import model
 from unique_attn.hf.graphed import StaticPages
 from unique_attn.hf.step import GraphedStep
 
@@ -29,8 +31,8 @@ TINY = {
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch):
     """Timing is not what is tested here."""
-    monkeypatch.setattr(_harness.ColdCache, "flush", lambda self: None)
-    monkeypatch.setattr(_ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(harness.ColdCache, "flush", lambda self: None)
+    monkeypatch.setattr(ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
 
 
 def shape(**changed: Any) -> argparse.Namespace:
@@ -71,7 +73,7 @@ class FakeFlashInfer:
 
 @pytest.fixture
 def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_peers, "flashinfer", lambda device: FakeFlashInfer)
+    monkeypatch.setattr(peers, "flashinfer", lambda device: FakeFlashInfer)
 
 
 # ---- The result. ----
@@ -82,7 +84,7 @@ def test_result(tmp_path: Path, device, capsys: pytest.CaptureFixture):
     dtype = "bf16" if device.type == "cuda" else "fp32"
     argv = flags(batch="1 3", dtype=dtype, head_dim=64 if device.type == "cuda" else 16)
     argv += ["--sides", "unique", "sdpa", "--device", str(device), "--out", str(path)]
-    assert main(["bench", "model", *argv]) == 0
+    assert main(["model", *argv]) == 0
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
     result = json.loads(path.read_text())
@@ -95,7 +97,7 @@ def test_result(tmp_path: Path, device, capsys: pytest.CaptureFixture):
         size = {"fp32": 4, "bf16": 2}[dtype]
         head_dim, rows = o["head_dim"], o["layers"] * o["batch"] * 2
         assert case["kv_bytes"] == rows * o["context"] * 2 * head_dim * size
-        assert case["weights_bytes"] == _model_sides.weights_bytes(argparse.Namespace(**o))
+        assert case["weights_bytes"] == model_sides.weights_bytes(argparse.Namespace(**o))
         sides = case["sides"]
         assert {"unique_exact", "unique_compressed", "sdpa"} <= set(sides)
         exact = rows * (o["context"] // 8) * 2 * head_dim * size
@@ -115,7 +117,7 @@ def test_result(tmp_path: Path, device, capsys: pytest.CaptureFixture):
 
 
 def test_every_way_of_flashinfer_is_timed(fake_flashinfer: None):
-    result = bench.run("model", **{**TINY, "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1})
+    result = cli.run("model", **{**TINY, "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1})
     case = result["cases"][0]
     ways = [f"flashinfer_{layout}_{cores}_cores" for layout in ("hnd", "nhd16") for cores in ("tensor", "cuda")]
     assert set(case["sides"]) == {"unique_exact", "unique_compressed", "sdpa", *ways}
@@ -127,13 +129,13 @@ def test_every_way_of_flashinfer_is_timed(fake_flashinfer: None):
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     options = {**TINY, "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1}
-    result = bench.run("model", **options, memory=0.01)
+    result = cli.run("model", **options, memory=0.01)
     assert result["cases"][0]["skipped"].startswith("needs ")
     assert "skipped: needs " in model.report(result)
 
     index = 3 * 2 * (128 // 8) * 2 * 16 * 4  # bytes of an exact one
     monkeypatch.setattr(model, "free_bytes", lambda device: index - 1)
-    result = bench.run("model", **options)
+    result = cli.run("model", **options)
     sides = result["cases"][0]["sides"]
     assert sides["unique_exact"]["skipped"].startswith(f"needs {index} bytes")
     assert "median_ms" in sides["unique_compressed"]
@@ -145,7 +147,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_sides_and_formats_can_be_chosen():
     options = {**TINY, "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1}
-    result = bench.run("model", **options, sides="unique", index_format="exact")
+    result = cli.run("model", **options, sides="unique", index_format="exact")
     case = result["cases"][0]
     assert list(case["sides"]) == ["unique_exact"]
     assert case["peer"] is None
@@ -154,7 +156,7 @@ def test_sides_and_formats_can_be_chosen():
 
 
 def test_presets_have_the_shapes_of_the_goal():
-    options = bench.parser().parse_args(["model", "--preset", "table"])
+    options = cli.parser().parse_args(["model", "--preset", "table"])
     found = [vars(o) for o in _sweep_shapes(options)]
     assert {(o["batch"], o["context"]) for o in found} == {
         (80, 8192), (80, 16384), (80, 32768), (32, 32768), (1, 32768), (1, 131072)
@@ -162,8 +164,8 @@ def test_presets_have_the_shapes_of_the_goal():
     for o in found:
         assert (o["layers"], o["heads"], o["head_dim"], o["hidden"], o["mlp"]) == (16, "32/8", 64, 2048, 8192)
         assert (o["vocab"], o["page_size"], o["budget"], o["dtype"]) == (128256, 8, 512, "bf16")
-    assert ["model", "--preset", "table"] in bench.committed("cuda")
-    assert bench.file_name({"bench": "model", "environment": {"device": "NVIDIA H200"}}, options) == (
+    assert ["model", "--preset", "table"] in cli.committed("cuda")
+    assert cli.file_name({"bench": "model", "environment": {"device": "NVIDIA H200"}}, options) == (
         "model-h200-table.json"
     )
     largest = argparse.Namespace(**next(o for o in found if (o["batch"], o["context"]) == (80, 32768)))
@@ -171,7 +173,7 @@ def test_presets_have_the_shapes_of_the_goal():
 
 
 def _sweep_shapes(options: argparse.Namespace) -> list[argparse.Namespace]:
-    from unique_attn.bench._sweep import shapes
+    from benchmarks.measure.sweep import shapes
 
     return shapes(options, model.FIELDS, model.PRESETS)
 
@@ -185,7 +187,7 @@ def _sweep_shapes(options: argparse.Namespace) -> list[argparse.Namespace]:
 )
 def test_bad_options(argv: list[str], complaint: str):
     with pytest.raises(SystemExit, match=complaint):
-        main(["bench", "model", *argv, "--device", "cpu"])
+        main(["model", *argv, "--device", "cpu"])
 
 
 # ---- Sides. ----
@@ -193,7 +195,7 @@ def test_bad_options(argv: list[str], complaint: str):
 
 def test_layouts_hold_the_same_tokens():
     o = shape()
-    storage = _model_sides.Storage(o, CPU)
+    storage = model_sides.Storage(o, CPU)
     tokens = {}
     for layout in ("rows", "hnd", "nhd16"):
         storage.fill(layout)
@@ -214,36 +216,36 @@ def test_layouts_hold_the_same_tokens():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_side_gives_the_logits_of_stock_transformers(fake_flashinfer: None, dtype: str):
     o = shape(dtype=dtype)
-    reference = model.Reference(o, _model_sides.new_model(o, CPU), CPU)
+    reference = model.Reference(o, model_sides.new_model(o, CPU), CPU)
     assert (reference.o.context, reference.o.budget) == (64, 64)
-    for name, side in _model_sides.new_sides(reference.o, model.SIDES, FORMATS, CPU).items():
+    for name, side in model_sides.new_sides(reference.o, model.SIDES, FORMATS, CPU).items():
         assert reference.error(side) < {"fp32": 1e-5, "bf16": 0.03}[dtype], name
 
 
 def test_wrong_sides_are_noticed(fake_flashinfer: None, monkeypatch: pytest.MonkeyPatch):
     o = shape()
-    reference = model.Reference(o, _model_sides.new_model(o, CPU), CPU)
+    reference = model.Reference(o, model_sides.new_model(o, CPU), CPU)
     few = argparse.Namespace(**{**vars(reference.o), "budget": 32})
     with pytest.raises(AssertionError, match="logits differ by"):
-        reference.error(_model_sides.Unique(few, "exact"))
+        reference.error(model_sides.Unique(few, "exact"))
     wrapper = FakeFlashInfer.BatchDecodeWithPagedKVCacheWrapper
     run = wrapper.run
     monkeypatch.setattr(wrapper, "run", lambda self, q, kv: run(self, q, kv) * 1.2)
     with pytest.raises(AssertionError, match="logits differ by"):
-        reference.error(_model_sides.FlashInfer(reference.o, "hnd", True))
+        reference.error(model_sides.FlashInfer(reference.o, "hnd", True))
     monkeypatch.setattr(wrapper, "run", lambda self, q, kv: torch.full_like(q, torch.nan))
     with pytest.raises(AssertionError, match="logits differ by nan"):
-        reference.error(_model_sides.FlashInfer(reference.o, "hnd", True))
+        reference.error(model_sides.FlashInfer(reference.o, "hnd", True))
     options = {**TINY, "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1}
-    side = bench.run("model", **options)["cases"][0]["sides"]["flashinfer_nhd16_cuda_cores"]
+    side = cli.run("model", **options)["cases"][0]["sides"]["flashinfer_nhd16_cuda_cores"]
     assert side["failed"].startswith("AssertionError: logits differ by nan")
 
 
 @pytest.mark.parametrize("name", ["unique_exact", "sdpa", "flashinfer_hnd_cuda_cores", "flashinfer_nhd16_cuda_cores"])
 def test_steps_append_and_are_set_back(fake_flashinfer: None, name: str):
     o = shape(context=128)
-    network, storage = _model_sides.new_model(o, CPU), _model_sides.Storage(o, CPU)
-    side = _model_sides.new_sides(o, model.SIDES, FORMATS, CPU)[name]
+    network, storage = model_sides.new_model(o, CPU), model_sides.Storage(o, CPU)
+    side = model_sides.new_sides(o, model.SIDES, FORMATS, CPU)[name]
     before = [x.clone() for x in storage.flat[2]]
     step = model.graphed(side, network, storage, o.context - model.ROOM)
     timing = model.time_step(step, 2 * model.ROOM, 1.0)
@@ -260,7 +262,7 @@ def test_a_model_can_be_compiled_in_parts(monkeypatch: pytest.MonkeyPatch):
     parts, eager = [], modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: parts.append(type(self).__name__))
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: (function, "compiled"))
-    with model.compiled(_model_sides.new_model(shape(), CPU)):
+    with model.compiled(model_sides.new_model(shape(), CPU)):
         assert modeling_llama.apply_rotary_pos_emb == (eager, "compiled")
     assert modeling_llama.apply_rotary_pos_emb is eager
     assert sorted(parts) == ["LlamaMLP"] * 3 + ["LlamaRMSNorm"] * 7
@@ -268,8 +270,8 @@ def test_a_model_can_be_compiled_in_parts(monkeypatch: pytest.MonkeyPatch):
 
 def test_pages_that_are_filled_already():
     o = shape(context=128)
-    storage = _model_sides.Storage(o, CPU)
-    side = _model_sides.Unique(o, "exact")
+    storage = model_sides.Storage(o, CPU)
+    side = model_sides.Unique(o, "exact")
     pages = StaticPages(side.config, o.layers, o.batch, o.context, CPU)
     pages.adopt(storage.view("hnd"), storage.table, 100)
     layer = pages.static_layers[0].storage
@@ -277,7 +279,7 @@ def test_pages_that_are_filled_already():
     assert layer.k.data_ptr() == storage.flat[0][0].data_ptr()
     assert pages.seq_lens.tolist() == [100, 100]
     assert pages.advance().tolist() == [[100], [100]]
-    assert GraphedStep(_model_sides.new_model(o, CPU), pages, o.batch).captured is False
+    assert GraphedStep(model_sides.new_model(o, CPU), pages, o.batch).captured is False
 
 
 # ---- The README. ----
@@ -285,20 +287,20 @@ def test_pages_that_are_filled_already():
 
 def test_table_of_the_readme(fake_flashinfer: None):
     options = {**TINY, "batch": [1, 2], "context": 128, "dtype": "fp32", "device": "cpu", "repeats": 1}
-    result = bench.run("model", **options)
-    assert _tables.model([result]) == ""  # of the CPU
+    result = cli.run("model", **options)
+    assert tables.model([result]) == ""  # of the CPU
     result["environment"] |= {"device": "NVIDIA H200", "driver": "580.1"}
     case = result["cases"][1]
     for side in case["sides"].values():
         side["peak_bytes"] = 3 << 30
     del case["best"]["sdpa"]
-    text = _tables.model([result])
+    text = tables.model([result])
     assert "on NVIDIA H200 (driver 580.1" in text
     assert "| batch | context | exact index | compressed index | FlashInfer | SDPA |" in text
     side = case["sides"]["unique_exact"]
     speedup = case["speedups"]["unique_exact"][case["peer"]]
     line = text.splitlines()[-1]
-    cell = f"{_tables.ms(side['median_ms'])}, {side['tokens_per_s']:.0f}/s, 3.0 GiB, **{speedup:.2f}x**"
+    cell = f"{tables.ms(side['median_ms'])}, {side['tokens_per_s']:.0f}/s, 3.0 GiB, **{speedup:.2f}x**"
     assert line.startswith(f"| 2 | 128 | {cell} |")
     assert line.endswith("| - |")
-    assert _tables.model([{**result, "cases": [{"options": case["options"], "skipped": "needs 9 GiB"}]}]) == ""
+    assert tables.model([{**result, "cases": [{"options": case["options"], "skipped": "needs 9 GiB"}]}]) == ""

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from unique_attn import bench
-from unique_attn.__main__ import main
-from unique_attn.bench import _ceiling, _checks, _harness, _inputs, _machine, _peers, _sweep, topk
-from unique_attn.bench._harness import Side, compare
+from benchmarks import cli
+from benchmarks.cli import main
+from benchmarks.measure import ceiling, checks, harness, inputs, machine, peers, sweep
+from benchmarks.measure.harness import Side, compare
+from benchmarks.suite import topk
 
 SWEEPS = ("attention", "decode", "index", "scores", "topk")
 HEADS = ["--heads", "4/2", "--head-dim", "32", "--dtype", "fp32"]
@@ -24,13 +25,13 @@ HEADS = ["--heads", "4/2", "--head-dim", "32", "--dtype", "fp32"]
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch):
     """Timing is not what is tested here."""
-    monkeypatch.setattr(_harness.ColdCache, "flush", lambda self: None)
-    monkeypatch.setattr(_ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(harness.ColdCache, "flush", lambda self: None)
+    monkeypatch.setattr(ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
 
 
 def results(tmp_path: Path, device: torch.device, name: str, *argv: str) -> dict[str, Any]:
     path = tmp_path / "result.json"
-    assert main(["bench", name, *argv, "--device", str(device), "--repeats", "2", "--out", str(path)]) == 0
+    assert main([name, *argv, "--device", str(device), "--repeats", "2", "--out", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["bench"] == name
     assert {"date", "commit", "device", "torch", "cpu"} <= set(result["environment"])
@@ -164,10 +165,10 @@ def test_a_wrong_side_is_reported_and_not_timed(device):
     assert found.timings["right"].rounds == 3
     assert "the sum is wrong" in found.failed["wrong"]
     assert found.failed["broken"] == "RuntimeError: no kernel for this"
-    assert "failed" in _harness.outcome(found, "wrong", 64, {"gb_per_s": 1.0})
-    best = _harness.best_of(found, ["wrong", "right"], 64, {"gb_per_s": 1.0})
+    assert "failed" in harness.outcome(found, "wrong", 64, {"gb_per_s": 1.0})
+    best = harness.best_of(found, ["wrong", "right"], 64, {"gb_per_s": 1.0})
     assert best["way"] == "right"
-    assert _harness.ratio(best, {"failed": "x"}) is None
+    assert harness.ratio(best, {"failed": "x"}) is None
 
 
 def test_outputs_that_are_not_written_are_noticed(device):
@@ -191,7 +192,7 @@ def test_outputs_that_are_not_written_are_noticed(device):
 
 def test_poison():
     tensors = (torch.zeros(3), [torch.zeros(3, dtype=torch.int32)], torch.zeros(3, dtype=torch.uint8), None)
-    _harness.poison(tensors)
+    harness.poison(tensors)
     assert tensors[0].isnan().all()
     assert (tensors[1][0] == -77).all()
     assert (tensors[2] == 255).all()
@@ -199,7 +200,7 @@ def test_poison():
 
 @pytest.mark.parametrize("size", [512, 48, 4096])
 def test_ceilings(device, size: int):
-    ceilings = _ceiling.Ceilings(device, rounds=1)
+    ceilings = ceiling.Ceilings(device, rounds=1)
     found = ceilings.chunks(size)
     assert found["gb_per_s"] > 0
     assert ceilings.chunks(size) is found
@@ -209,14 +210,14 @@ def test_ceilings(device, size: int):
 
 def test_ceilings_of_odd_chunks():
     with pytest.raises(ValueError, match="a multiple of 16 bytes"):
-        _ceiling.Ceilings(torch.device("cpu"), rounds=1).chunks(24)
+        ceiling.Ceilings(torch.device("cpu"), rounds=1).chunks(24)
 
 
 # ---- Inputs and checks. ----
 
 
 def test_values_of_scores():
-    random = _inputs.Random(torch.device("cpu"), torch.bfloat16)
+    random = inputs.Random(torch.device("cpu"), torch.bfloat16)
     made = {name: make(random, 5, 200, 16) for name, make in topk.VALUES.items()}
     assert all(x.shape == (5, 200) and x.dtype == torch.bfloat16 for x in made.values())
     assert made["random"].unique().numel() > 100
@@ -227,7 +228,7 @@ def test_values_of_scores():
 
 
 def test_random_pages():
-    pages = _inputs.Random(torch.device("cpu"), torch.float32).pages((3, 2, 4), 50, 20)
+    pages = inputs.Random(torch.device("cpu"), torch.float32).pages((3, 2, 4), 50, 20)
     assert pages.shape == (3, 2, 4, 20)
     assert (pages.diff() > 0).all()
     assert pages.min() >= 0
@@ -236,7 +237,7 @@ def test_random_pages():
 
 
 def test_checks_of_a_decode_step_catch_what_is_wrong():
-    decode = importlib.import_module("unique_attn.bench.decode")
+    decode = importlib.import_module("benchmarks.suite.decode")
     shape = argparse.Namespace(
         batch=2, context=512, heads="4/2", head_dim=32, page_size=8, block_size=64, budget=64, rule="directional",
         index_format="exact", dtype="fp32",
@@ -265,9 +266,9 @@ def test_checks_of_a_decode_step_catch_what_is_wrong():
 
 def test_infinities_must_be_in_place():
     expected = torch.tensor([1.0, -torch.inf])
-    assert _checks.close("x", expected.clone(), expected, 1e-6) == 0
+    assert checks.close("x", expected.clone(), expected, 1e-6) == 0
     with pytest.raises(AssertionError, match="infinities"):
-        _checks.close("x", torch.tensor([-torch.inf, 1.0]), expected, 1e-6)
+        checks.close("x", torch.tensor([-torch.inf, 1.0]), expected, 1e-6)
 
 
 # ---- Shapes, peers, files. ----
@@ -275,13 +276,13 @@ def test_infinities_must_be_in_place():
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_presets(name: str):
-    module = importlib.import_module(f"unique_attn.bench.{name}")
+    module = importlib.import_module(f"benchmarks.suite.{name}")
     for preset in module.PRESETS:
-        options = bench.parser().parse_args([name, "--preset", preset])
-        found = _sweep.shapes(options, module.FIELDS, module.PRESETS)
+        options = cli.parser().parse_args([name, "--preset", preset])
+        found = sweep.shapes(options, module.FIELDS, module.PRESETS)
         assert found
         assert len({str(shape) for shape in found}) == len(found)
-    every = [vars(s) for s in _sweep.shapes(options, module.FIELDS, module.PRESETS)]
+    every = [vars(s) for s in sweep.shapes(options, module.FIELDS, module.PRESETS)]
     assert preset == "table"
 
     def has(**wanted: Any) -> bool:
@@ -300,19 +301,19 @@ def test_presets(name: str):
 
 
 def test_a_preset_leaves_other_flags():
-    options = bench.parser().parse_args(["scores", "--preset", "tokens", "--dtype", "fp16", "--batch", "3"])
-    module = importlib.import_module("unique_attn.bench.scores")
-    found = _sweep.shapes(options, module.FIELDS, module.PRESETS)
+    options = cli.parser().parse_args(["scores", "--preset", "tokens", "--dtype", "fp16", "--batch", "3"])
+    module = importlib.import_module("benchmarks.suite.scores")
+    found = sweep.shapes(options, module.FIELDS, module.PRESETS)
     assert {(s.dtype, s.batch) for s in found} == {("fp16", 32)}
 
 
 def test_committed_commands_are_valid():
     for device in ("cpu", "cuda"):
-        commands = bench.committed(device)
+        commands = cli.committed(device)
         assert commands
         for command in commands:
-            bench.parser().parse_args([*command, "--results", "x"])
-    assert ["decode", "--dtype", "bf16"] in bench.committed("cpu")
+            cli.parser().parse_args([*command, "--results", "x"])
+    assert ["decode", "--dtype", "bf16"] in cli.committed("cpu")
 
 
 @pytest.mark.parametrize(
@@ -327,20 +328,20 @@ def test_committed_commands_are_valid():
 )
 def test_bad_options(argv: list[str], complaint: str):
     with pytest.raises(SystemExit, match=complaint):
-        main(["bench", *argv, "--device", "cpu"])
+        main([*argv, "--device", "cpu"])
 
 
 def test_an_absent_flashinfer_is_a_message(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    _peers._import_flashinfer.cache_clear()
+    peers._import_flashinfer.cache_clear()
     try:
-        assert _peers.flashinfer(torch.device("cuda")) is None
-        versions = _peers.versions(torch.device("cuda"))
+        assert peers.flashinfer(torch.device("cuda")) is None
+        versions = peers.versions(torch.device("cuda"))
         assert versions["flashinfer"].startswith("absent: ModuleNotFoundError")
-        assert _peers.notes(versions) == [f"flashinfer {versions['flashinfer']}"]
+        assert peers.notes(versions) == [f"flashinfer {versions['flashinfer']}"]
     finally:
-        _peers._import_flashinfer.cache_clear()
-    ways = _peers.topk_ways([torch.randn(3, 40)], 4)
+        peers._import_flashinfer.cache_clear()
+    ways = peers.topk_ways([torch.randn(3, 40)], 4)
     assert set(ways) == {"torch_sorted", "torch_unsorted"}
 
 
@@ -348,7 +349,7 @@ def test_a_cache_in_the_layout_of_flashinfers_examples():
     """The same tokens in the same order, in blocks of 16 tokens and with heads innermost."""
     cache = torch.randn(6, 2, 32, 8)
     table = torch.tensor([[4, 1, 0], [5, 2, 3]], dtype=torch.int32)
-    copy, fine = _peers.nhd(cache), _peers.nhd_table(table, 32)
+    copy, fine = peers.nhd(cache), peers.nhd_table(table, 32)
     assert copy.shape == (12, 16, 2, 8)
     assert fine.dtype == torch.int32
     for row in range(2):
@@ -358,16 +359,16 @@ def test_a_cache_in_the_layout_of_flashinfers_examples():
 
 def test_files_name_themselves(tmp_path: Path):
     shape = ["--context", "512", "--budget", "64", *HEADS]
-    argv = ["bench", "decode", *shape, "--device", "cpu", "--repeats", "1", "--results", str(tmp_path)]
+    argv = ["decode", *shape, "--device", "cpu", "--repeats", "1", "--results", str(tmp_path)]
     assert main(argv) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["decode-cpu-fp32.json"]
     slugs = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "cpu": "cpu"}
-    assert {name: _machine.slug(name) for name in slugs} == slugs
+    assert {name: machine.slug(name) for name in slugs} == slugs
 
 
 def test_from_python():
-    result = bench.run("topk", rows=[2, 3], pages=128, k=8, device="cpu", repeats=1)
+    result = cli.run("topk", rows=[2, 3], pages=128, k=8, device="cpu", repeats=1)
     assert [case["options"]["rows"] for case in result["cases"]] == [2, 3]
     assert result["peers"]["torch"] == torch.__version__
     with pytest.raises(SystemExit):
-        bench.run("topk", colour="red")
+        cli.run("topk", colour="red")

@@ -116,9 +116,9 @@ def test_wheel(built: Project, tmp_path: Path):
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert wheel.name == f"unique_attn-1.2.3-{python}-{python}-linux_{platform.machine()}.whl"
     with zipfile.ZipFile(wheel) as archive:
-        files = {name for name in archive.namelist() if name.startswith("unique_attn/")}
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read("unique_attn-1.2.3.dist-info/METADATA").decode()
-    assert files == {
+    assert files == {  # the product alone: no benchmarks, examples, tests
         "unique_attn/__init__.py",
         "unique_attn/_version.py",
         f"unique_attn/_runtime{EXT_SUFFIX}",
@@ -138,6 +138,8 @@ def test_sdist_holds_the_sources_and_nothing_built(built: Project, tmp_path: Pat
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "build_tools/native.py", "csrc/core/kernel.cu", "csrc/core/answer.h", "LICENSE"} <= files
     assert {"csrc/ops/ops.cpp", "csrc/runtime/module.cpp", "unique_attn/py.typed"} <= files
+    assert {"benchmarks/suite/decode.py", "benchmarks/results/decode-cpu.json", "tests/test_small.py"} <= files
+    assert {"examples/demo.py", "examples/support/document.txt"} <= files
     assert not [name for name in files if name.endswith((".so", ".o", ".ninja"))]
 
 

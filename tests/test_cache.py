@@ -1,9 +1,8 @@
-"""UniqueCache against DynamicCache under random operations, and the paged table and storage below it."""
+"""UniqueCache against DynamicCache under random operations, and what it returns, refuses and adopts."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 
 import pytest
@@ -13,83 +12,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+from cache_cases import CONFIG, DIM, HEADS, LAYERS, attend_to, feed, paged_cache, states
 from transformers import DynamicCache, LlamaConfig
 
-from unique_attn import UniqueCache, UniqueConfig, reference
+from unique_attn import UniqueCache, UniqueConfig
 from unique_attn.hf.cache import UniqueLayer, adopt
 from unique_attn.hf.compat import cropped_length
-from unique_attn.hf.handover import CachedTensor, handed_over, whole
+from unique_attn.hf.handover import CachedTensor, handed_over
 from unique_attn.hf.masks import causal_mask, left_padding, shows_padding, visible
-from unique_attn.paging import LayerPages, OutOfStepError, PagedTable, unsupported
-
-HEADS, DIM, LAYERS = 2, 8, 2
-CONFIG = UniqueConfig(page_size=4, budget=64, block_size=8, dense_below=0, max_decode_tokens=5)
-
-
-def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(batch, HEADS, tokens, DIM), torch.randn(batch, HEADS, tokens, DIM)
-
-
-def feed(cache, batch, tokens, *, padding=None, attend=True):
-    """Update every layer as a model would; returns what was fed in. Decode steps attend."""
-    fed = []
-    for layer_idx in range(LAYERS):
-        k, v = states(batch, tokens)
-        fed.append((k, v))
-        length = cache.get_seq_length(layer_idx) + tokens
-        mask = causal_mask(torch.tensor(padding), tokens, length) if padding and any(padding) else None
-        given = cache.update(k, v, layer_idx)
-        assert given[0].shape == given[1].shape == (batch, HEADS, length, DIM)
-        assert cache.get_seq_length(layer_idx) == length
-        if attend:
-            attend_to(given, mask)
-    return fed
-
-
-def attend_to(given, mask=None):
-    """What the attention function does with what ``update`` returned: True if it was attended to on pages."""
-    layer, step = handed_over(*given)
-    batch, _, tokens, _ = step.k.shape
-    query = torch.randn(batch, 2 * HEADS, tokens, DIM)
-    refusal = layer.refuses(step, query, mask)
-    if refusal is not None:
-        assert whole(given[0], refusal).shape == given[0].shape
-        return False
-    out, lse, pages = layer.decode(step, query, None)
-    assert out.shape == (batch, tokens, 2 * HEADS, DIM)
-    assert lse.shape == out.shape[:3]
-    assert pages.shape == (batch, tokens, HEADS, layer.config.num_pages)
-    return True
-
-
-def paged_cache(batch=2, length=11, padding=None, config=CONFIG) -> UniqueCache:
-    cache = UniqueCache(config)
-    feed(cache, batch, length - 1, padding=padding)
-    feed(cache, batch, 1, padding=padding)
-    assert all(layer.on_pages for layer in cache.layers)
-    return cache
-
-
-def index_is_exact(layer: UniqueLayer) -> None:
-    """Every page of the layer has the entry that the oracle computes from its keys."""
-    pages, table = layer._pages, layer._table
-    expected = pages.index.clone()
-    lens = table.seq_lens(pages.device)
-    reference.page_index(
-        pages.k,
-        expected,
-        table.block_table(pages.device),
-        lens * 0,
-        lens,
-        max_new_tokens=int(lens.max()),
-        rule=pages.config.rule,
-        page_size=pages.config.page_size,
-    )
-    for got, want in zip(
-        *(reference.decode_index(i, rule="directional", dtype=pages.k.dtype) for i in (pages.index, expected))
-    ):
-        torch.testing.assert_close(got, want)
-
+from unique_attn.paging import OutOfStepError
 
 operations = st.one_of(
     st.tuples(st.just("feed"), st.sampled_from([1, 1, 1, 2, 5, 6, 9])),
@@ -248,70 +179,6 @@ def test_context_below_dense_below_leaves_pages():
     assert not any(layer.on_pages for layer in cache.layers)
 
 
-def test_index_stays_exact_through_crops_and_forks():
-    cache = paged_cache(length=30)
-    fork = cache.fork()
-    cache.crop(-5)
-    feed(cache, 2, 1)
-    feed(fork, 2, 3)
-    cache.reorder_cache(torch.tensor([1, 1]))
-    feed(cache, 2, 2)
-    for each in (cache, fork):
-        for layer in each.layers:
-            index_is_exact(layer)
-
-
-def test_padding_is_not_stored():
-    cache = paged_cache(length=11, padding=[0, 7])
-    assert cache.layers[0].seq_lens.tolist() == [11, 4]
-    assert cache.get_seq_length() == 11
-    assert not cache.layers[0].keys[1, :, :7].any()
-
-
-def test_storage_grows_with_the_pool():
-    cache = paged_cache(batch=1)
-    before = cache.layers[0]._pages.k.shape[0]
-    kept = cache.layers[0].keys
-    for _ in range(5):
-        feed(cache, 1, 90)
-    pages = cache.layers[0]._pages
-    assert before < pages.pool.num_blocks == pages.k.shape[0] == pages.index.shape[0]
-    assert torch.equal(cache.layers[0].keys[:, :, :11], kept)
-    assert cache.layers[0]._table.seq_lens(torch.device("cpu")).tolist() == [461]
-
-
-def test_tables_are_shared_by_layers_and_steps():
-    cache = paged_cache(length=10)
-    table = cache.layers[0]._table
-    assert cache.layers[1]._table is table
-    cpu = torch.device("cpu")
-    blocks = table.block_table(cpu)
-    feed(cache, 2, 1)
-    assert table.block_table(cpu) is blocks  # no new block: the same tensor
-    feed(cache, 2, 6)
-    assert table.block_table(cpu) is not blocks
-    assert table.seq_lens(cpu).tolist() == [17, 17]
-
-
-def test_a_fork_shares_blocks_until_it_writes():
-    cache = paged_cache(batch=1, length=20)
-    pool, table = cache.layers[0]._table.pool, cache.layers[0]._table
-    free = pool.num_free
-    fork = copy.deepcopy(cache)
-    assert fork.layers[0]._pages is cache.layers[0]._pages
-    assert pool.num_free == free
-    feed(fork, 1, 1)
-    assert pool.num_free == free - 1  # the last block, partly filled
-    assert pool.blocks(table.seqs[0])[:2] == pool.blocks(fork.layers[0]._table.seqs[0])[:2]
-    del fork
-    gc.collect()
-    assert pool.num_free == free
-    cache.reset()
-    del table
-    gc.collect()
-    assert pool.num_free == pool.num_blocks
-
-
 def test_pickled_caches_are_dense():
     cache = paged_cache(padding=[0, 3])
     again = pickle.loads(pickle.dumps(cache))
@@ -444,40 +311,3 @@ def test_masks():
     assert shows_padding(None, padding)
     assert shows_padding(torch.zeros(2, 1, 1, 9), padding)  # additive
     assert not shows_padding(torch.where(holes, 0.0, -torch.inf), padding)
-
-
-def test_table_refuses_what_is_out_of_step():
-    table = PagedTable.create(5, [0, 2], block_size=4)
-    assert (table.length, table.lengths) == (5, [5, 3])
-    table.append(0, 2)
-    table.append(0, 2)  # the next layer
-    assert (table.length, table.version) == (7, 1)
-    with pytest.raises(OutOfStepError):
-        table.append(0, 3)
-    with pytest.raises(OutOfStepError):
-        table.truncate(0, 2)
-    table.truncate(1, 1)
-    assert (table.lengths, table.padding) == ([1, 0], [0, 1])
-    table.select(2, torch.tensor([True, False]))
-    assert table.batch == 1
-
-
-def test_write_then_gather_in_one_layer():
-    table = PagedTable.create(7, [0, 4], block_size=4)
-    k, v = states(2, 7)
-    pages = LayerPages(table.pool, k, CONFIG.from_dict({**CONFIG.to_dict(), "block_size": 4}))
-    pages.write(k, v, table, 0)
-    keys, values = pages.gather(table, 7)
-    k[1, :, :4] = v[1, :, :4] = 0
-    assert torch.equal(keys, k)
-    assert torch.equal(values, v)
-
-
-def test_unsupported_shapes():
-    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 3, 16)
-    assert unsupported(q, k, k) is None
-    assert "(16, 16, 8)" in unsupported(q, k, k[..., :8])
-    assert "head dim 12" in unsupported(q[..., :12], k[..., :12], k[..., :12])
-    assert "4 query heads do not share 3" in unsupported(q, torch.randn(1, 3, 3, 16), torch.randn(1, 3, 3, 16))
-    assert "torch.int8" in unsupported(q, k.to(torch.int8), k.to(torch.int8))
-    assert "meta" in unsupported(q.to("meta"), k.to("meta"), k.to("meta"))

@@ -1,9 +1,8 @@
-"""``python -m unique_attn`` as a person meets it: what goes wrong is one line on stderr and an exit status."""
+"""The commands of the package and of a checkout: what goes wrong is one line on stderr and an exit status."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ ENVIRONMENT = {
 
 def start(*argv: str, flags: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *flags, "-m", "unique_attn", *argv],
+        [sys.executable, *flags, "-m", *argv],
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         | {"env": {**os.environ, **ENVIRONMENT, **options.pop("env", {})}, **options},
     )
@@ -45,19 +44,26 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 @pytest.mark.parametrize(
     ("argv", "status", "complaint"),
     [
-        pytest.param("demo --device cuda", 2, "argument --device: cuda is not there: ", marks=without_cuda),
-        pytest.param("bench topk --device cuda:0", 2, "argument --device: cuda:0 is not there: ", marks=without_cuda),
-        ("bench topk --device gpu", 2, "argument --device: expected cpu, cuda or cuda:N, got 'gpu'; see `python -m"),
-        ("bench everything", 2, "argument NAME: invalid choice: 'everything'"),
-        ("bench scores --tokens 0 --device cpu", 1, "--tokens: expected at least 1, got 0"),
-        ("demo --budgets 3", 2, "unrecognized arguments: --budgets 3; see `python -m unique_attn demo --help`"),
-        ("demo --model no/such --device cpu --quiet", 1, "cannot load 'no/such' as a local folder or a Hugging Face"),
-        ("report --results /nowhere", 1, "there are no benchmark results in /nowhere: they are part of a checkout"),
-        ("everything", 2, "no command 'everything': expected one of info, demo, bench, report"),
+        pytest.param("examples.demo --device cuda", 2, "argument --device: cuda is not there: ", marks=without_cuda),
+        pytest.param(
+            "benchmarks topk --device cuda:0", 2, "argument --device: cuda:0 is not there", marks=without_cuda
+        ),
+        ("benchmarks topk --device gpu", 2, "argument --device: expected cpu, cuda or cuda:N, got 'gpu'; see `python"),
+        ("benchmarks everything", 2, "argument NAME: invalid choice: 'everything'"),
+        ("benchmarks scores --tokens 0 --device cpu", 1, "--tokens: expected at least 1, got 0"),
+        ("benchmarks report --results /nowhere", 1, "there are no benchmark results in /nowhere: name their folder"),
+        ("examples.demo --budgets 3", 2, "unrecognized arguments: --budgets 3; see `python -m examples.demo --help`"),
+        ("examples.demo --model no/such --device cpu --quiet", 1, "cannot load 'no/such' as a local folder or a Hugg"),
+        ("examples.finetune --steps 0 --device cpu", 1, "--steps: expected at least 1, got 0"),
+        ("unique_attn info --yaml", 2, "unrecognized arguments: --yaml; see `python -m unique_attn info --help`"),
+        ("unique_attn everything", 2, "no command 'everything': expected one of info"),
+        ("unique_attn bench decode", 2, "'bench' is no part of the package: in a checkout, `python -m benchmarks`"),
+        ("unique_attn demo", 2, "'demo' is no part of the package: in a checkout, `python -m examples.demo`"),
+        ("unique_attn report", 2, "'report' is no part of the package: in a checkout, `python -m benchmarks report`"),
     ],
 )
 def test_one_line_says_what_is_wrong(argv: str, status: int, complaint: str):
-    if "--model" in argv:
+    if "finetune" in argv or "--model" in argv:
         pytest.importorskip("transformers")
     returned, output, errors = run(*argv.split())
     assert (returned, output) == (status, "")
@@ -66,23 +72,14 @@ def test_one_line_says_what_is_wrong(argv: str, status: int, complaint: str):
 
 
 def test_version():
-    assert run("--version") == (0, f"unique_attn {__version__}\n", "")
-
-
-def test_report_of_an_installed_package(tmp_path: Path):
-    """Where there is no checkout around the package."""
-    shutil.copytree(PACKAGE, tmp_path / "unique_attn", ignore=shutil.ignore_patterns("lib", "__pycache__"))
-    status, _, errors = run("report", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert status == 1
-    assert errors.startswith(f"error: there are no benchmark results in {tmp_path}/benchmarks/results: ")
-    assert "run this in a checkout, or name their folder with --results" in errors
+    assert run("unique_attn", "--version") == (0, f"unique_attn {__version__}\n", "")
 
 
 def test_a_reader_who_leaves():
     """As in ``python -m unique_attn info --json | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)
-    status, _, errors = run("info", "--json", stdout=writing)
+    status, _, errors = run("unique_attn", "info", "--json", stdout=writing)
     os.close(writing)
     assert (status, errors) == (128 + signal.SIGPIPE, "")
 
@@ -91,9 +88,8 @@ def test_control_c(tmp_path: Path):
     """While the demo waits for its document."""
     document = tmp_path / "pipe"
     os.mkfifo(document)
-    process = start(
-        "demo", "--file", str(document), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    )
+    interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = start("examples.demo", "--file", str(document), **interruptible)
     deadline, opened = time.monotonic() + 120, None
     while opened is None and time.monotonic() < deadline and process.poll() is None:
         try:
@@ -114,6 +110,6 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unique_attn.info.main", fails)
     with pytest.raises(AssertionError, match="a bug"):
         cli.main(["info"])
-    status, _, errors = run("report", "--results", "/nowhere", flags=("-X", "dev", "-W", "ignore"))
+    status, _, errors = run("benchmarks", "report", "--results", "/nowhere", flags=("-X", "dev", "-W", "ignore"))
     assert status == 1
     assert "Traceback" in errors

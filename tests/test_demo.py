@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 
 from pictures import numbers
 
-from unique_attn import UniqueConfig, demo
-from unique_attn.__main__ import main
+from examples import demo
+from unique_attn import UniqueConfig
 
 LAYERS, HEADS, KV_HEADS, DIM = 3, 4, 2, 16
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant\n"
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, *more: str) -> dict[str, Any]:
     argv = ["--model", str(folder), "--file", str(folder / "document.txt"), "--question", "Where is the key?"]
     argv += ["--answer", "4711", "--max-new-tokens", "6", "--tail", "10", "--out", str(out), "--quiet", *more]
-    assert main(["demo", *argv]) == 0
+    assert demo.main(argv) == 0
     return json.loads((out / "demo.json").read_text())
 
 
@@ -153,11 +153,11 @@ def test_bytes_with_dense_layers():
     ],
 )
 def test_bad_options(argv: list[str], complaint: str, capsys: pytest.CaptureFixture):
-    assert main(["demo", *argv, "--quiet"]) == 1
+    assert demo.main([*argv, "--quiet"]) == 1
     assert complaint in capsys.readouterr().err
 
 
 def test_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "empty.txt").write_text(" \n")
-    assert main(["demo", "--file", str(tmp_path / "empty.txt")]) == 1
+    assert demo.main(["--file", str(tmp_path / "empty.txt")]) == 1
     assert "expected a document" in capsys.readouterr().err

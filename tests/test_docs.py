@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pictures import numbers
 
 import unique_attn
-from unique_attn import TrainConfig, UniqueConfig, ops, report
-from unique_attn.__main__ import main
+from benchmarks import report
+from benchmarks.cli import main
+from benchmarks.report import pages
+from unique_attn import TrainConfig, UniqueConfig, ops
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in FILES}
 
 
 def table(head: str) -> list[list[str]]:
-    """The cells of the README's table whose first heading begins with ``head``."""
-    (rows,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    """The cells of the one table in the README and docs/ whose first heading begins with ``head``."""
+    pattern = rf"^\| {re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)"
+    (rows,) = [rows for text in PAGES.values() for rows in re.findall(pattern, text, re.MULTILINE)]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
 
 
@@ -39,7 +44,7 @@ def test_config_tables(config: type):
 
 
 def required(op: Callable[..., Any]) -> str:
-    """What a call of an op must give it, as the README writes it."""
+    """What a call of an op must give it, as the table of ops writes it."""
     parameters = inspect.signature(op).parameters.values()
     needed = [each for each in parameters if each.default is each.empty]
     names = [each.name for each in needed if each.kind is not each.KEYWORD_ONLY]
@@ -55,28 +60,70 @@ def test_ops_table():
 
 
 def test_rules_table():
-    listed = set(re.findall(r"^\| `(\w+)` \| \$", README, re.MULTILINE))
-    assert listed == set(ops.RULES)
+    listed = [row[0] for row in table("rule | $u$")]
+    assert sorted(listed) == sorted(f"`{name}`" for name in ops.RULES)
+
+
+def test_sizes_of_the_index():
+    """Bytes of entries, and what share of the keys and values they are."""
+    rows = table("bytes of an entry, 16-bit keys")
+    formats = [
+        (rule, index) for rule in ops.RULES for index in ops.INDEX_FORMATS if (rule, index) != ("minmax", "compressed")
+    ]
+    shown = {row[0]: row[1:] for row in rows}
+    assert len(shown) == len(formats)
+    shares = {}
+    for rule, index in formats:
+        sizes = {
+            dim: ops.index_entry_bytes(rule=rule, head_dim=dim, dtype=torch.bfloat16, index_format=index)
+            for dim in (64, 128)
+        }
+        shares[rule, index] = [f"{100 * size / (8 * 2 * dim * 2):.1f}%" for dim, size in sizes.items()]
+        assert shown[f"`{rule}`, {index}"] == [*map(str, sizes.values()), *shares[rule, index]]
+    (early,) = re.findall(r"\*\*The cache does not shrink\.\*\*(?:.+\n)+?(?=- )", PAGES["README.md"])
+    assert set(re.findall(r"[\d.]+%", early)) == {*shares["directional", "exact"], *shares["directional", "compressed"]}
 
 
 def test_numbers_come_from_committed_results():
     results = report.load(ROOT / "benchmarks" / "results")
     assert {result["bench"] for result in results} >= {"demo", "decode"}
-    assert report.rewrite(README, results) == README, "run `python -m unique_attn report`"
+    for page, text in pages.rewrite(ROOT, report.blocks(results)).items():
+        assert page.read_text("utf-8") == text, "run `make report`"
+    for name, block in report.blocks(results).items():
+        homes = [page for page, text in PAGES.items() if f"<!-- {name} -->" in text]
+        assert len(homes) == bool(block), f"{name}: expected in one page, found in {homes}"
+
+
+def test_measured_machines_are_named():
+    """Every machine and torch that a committed result is of, where a reader looks first."""
+    rows = table("machine | torch | results")
+    for result in report.load(ROOT / "benchmarks" / "results"):
+        where = result["environment"]
+        machine = where["cpu"] if where["device"] == "cpu" else where["device"]
+        assert any(row[0].startswith(machine) and row[1] == where["torch"] for row in rows), where
+        assert where["torch"] in PAGES["README.md"]
+
+
+def test_temperatures_come_from_committed_results():
+    (file,) = (ROOT / "benchmarks" / "results").glob("finetune-h100-tau.json")
+    summary = json.loads(file.read_text("utf-8"))["summary"]
+    for row in table("`tau` |"):
+        sparse = summary[f"trained soft, tau {row[0].split()[0]}"]["sparse"]
+        assert row[1:] == [f"{sparse['retrieval']['mean']:.0%}", f"{sparse['perplexity']['mean']:.2f}"]
 
 
 def test_pictures_come_from_committed_results(tmp_path: Path):
     """By the numbers in them: pixels depend on the version of matplotlib."""
     pytest.importorskip("matplotlib")
-    drawn = report.draw_all(report.load(ROOT / "benchmarks" / "results"), tmp_path)
+    drawn = report.draw(report.load(ROOT / "benchmarks" / "results"), tmp_path)
     for path in drawn:
-        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `python -m unique_attn report`"
+        assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `make report`"
     others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
     assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
 
 
 def sweep() -> dict[str, Any]:
-    """A result of `bench soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
+    """A result of `benchmarks soft_mask` over lengths on a GPU, with numbers that are easy to recognize."""
 
     def time(ms: float) -> dict[str, float]:
         return {"median_ms": ms}
@@ -109,38 +156,36 @@ def sweep() -> dict[str, Any]:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture):
-    readme = tmp_path / "README.md"
-    results = report.load(ROOT / "benchmarks" / "results")
-    blocks = report.blocks(results)
-
-    def text(block: dict[str, str]) -> str:
-        return "".join(f"before\n<!-- {name} -->\n{block[name]}<!-- /{name} -->\nafter\n" for name in blocks)
-
-    readme.write_text(text(dict.fromkeys(blocks, "old\n")))
-    assert main(["report", "--readme", str(readme)]) == 0
-    assert readme.read_text() == text(blocks)
-    assert capsys.readouterr().out == f"wrote {readme} and the pictures in {tmp_path / 'docs'}\n"
+    """Some blocks on one page and some on another."""
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "more.md"
+    page.parent.mkdir()
+    blocks = report.blocks(report.load(ROOT / "benchmarks" / "results"))
+    names = list(blocks)
+    for file, here in ((readme, names[::2]), (page, names[1::2])):
+        file.write_text("".join(pages.placed(name, "old\n") for name in here))
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    assert readme.read_text() == "".join(pages.placed(name, blocks[name]) for name in names[::2])
+    written = [pages.placed(name, blocks[name].replace("](docs/", "](")) for name in names[1::2]]
+    assert page.read_text() == "".join(written)
+    assert capsys.readouterr().out == f"wrote {readme}, {page} and the pictures in {tmp_path / 'docs'}\n"
     assert main(["report", "--print"]) == 0
     assert capsys.readouterr().out == "\n".join(block for block in blocks.values() if block)
-    readme.write_text("no markers")
-    assert main(["report", "--readme", str(readme)]) == 1
-    assert "expected the lines" in capsys.readouterr().err
 
 
 def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
     pytest.importorskip("matplotlib")
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
-    readme.write_text(f"{report.BEGIN}{report.END}")
-    argv = ["report", "--results", str(folder), "--readme", str(readme)]
+    readme.write_text("# Read me\n")
+    argv = ["report", "--results", str(folder), "--root", str(tmp_path)]
     (folder / "one-length.json").write_text(json.dumps({"bench": "soft_mask", "options": {"tokens": 8192}}))
     assert main(argv) == 0  # without a result over lengths there is nothing to say
-    assert readme.read_text() == f"{report.BEGIN}{report.END}"
+    assert readme.read_text() == "# Read me\n"
     assert not (tmp_path / "docs").exists()
     (folder / "soft-mask.json").write_text(json.dumps(sweep()))
     assert main(argv) == 1
-    assert report.TRAINING_BEGIN.strip() in capsys.readouterr().err
-    readme.write_text(f"{report.BEGIN}{report.END}{report.TRAINING_BEGIN}{report.TRAINING_END}")
+    assert "<!-- training results -->" in capsys.readouterr().err
+    readme.write_text(pages.placed("training results", ""))
     assert main(argv) == 0
     text = readme.read_text()
     assert "| tokens | FlashAttention-2 | cuDNN | soft mask | hard mask | no mask, our kernels |" in text
@@ -160,7 +205,8 @@ def test_report_of_training(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_public_names_are_there():
     """After `import unique_attn` alone, and without loading what is large, or absent, before it is asked for."""
-    names = sorted(set(re.findall(r"unique_attn\.(\w+)", re.sub(r"<!--.*?-->", "", README))) - {"git"})
+    text = re.sub(r"<!--.*?-->", "", "".join(PAGES.values()))
+    names = sorted(set(re.findall(r"unique_attn\.(\w+)", text)) - {"git"})
     code = f"""
         import sys, unique_attn
         assert not {{"transformers", "matplotlib"}} & set(sys.modules)
@@ -179,18 +225,83 @@ def test_no_advice_that_fails():
     """There is no release on a package index: `pip install unique_attn` would find nothing, or something else."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     files += [
-        file for folder in ("unique_attn", "build_tools", "examples", "csrc") for file in (ROOT / folder).rglob("*.py")
+        file
+        for folder in ("unique_attn", "build_tools", "examples", "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
     ]
     for file in files:
         assert not re.search(r"pip install[^\n`]*\bunique[_-]attn(\[|\b(?!\.git))", file.read_text("utf-8")), file
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def anchors(text: str) -> set[str]:
+    """Where links into a page may lead: its headings, as GitHub names them."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(page: str):
+    """Links and pictures, and what looks like a path of this repository."""
     text = (ROOT / page).read_text("utf-8")
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
-    for path in re.findall(r"`((?:csrc|unique_attn|tests|examples|build_tools)/[\w/.]+)`", text):
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", text):
+        if not link.startswith("http"):
+            target, _, anchor = link.partition("#")
+            file = (ROOT / page).parent / target if target else ROOT / page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file.read_text("utf-8")), link
+            if page.startswith("docs/"):
+                assert file.resolve().parent == ROOT / "docs", f"{link}: the site holds docs/ alone"
+    for path in re.findall(r"`((?:csrc|unique_attn|tests|examples|build_tools|benchmarks)/[\w/.-]+)`", text):
         if not re.search(r"\b(test_)?X\b", path):  # X stands for any op
             assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:finetune|index-quality|soft-mask|model|decode)-[\w-]+\.json)`", text):
+        assert (ROOT / "benchmarks" / "results" / path).exists(), path
+
+
+@pytest.mark.parametrize("page", [*PAGES])
+def test_pages_begin_with_one_title(page: str):
+    """So that Sphinx makes one page of the site of each, and no part of it is lost."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    assert text.startswith("# ")
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+    html = set(re.findall(r"</?([a-z]\w*)[^>]*>", re.sub(r"<!--.*?-->|`[^`]*`", "", text)))
+    assert html <= {"details", "summary"}
+
+
+def test_readme_is_short():
+    assert PAGES["README.md"].count("\n") < 220
+
+
+class Messages(ast.NodeVisitor):
+    """Every string of a program; what is formatted into it is left out and marked."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.found.append("".join(x.value if isinstance(x, ast.Constant) else "\0" for x in node.values))
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str):
+            self.found.append(node.value)
+
+
+def test_troubleshooting_quotes_real_messages():
+    messages = Messages()
+    for folder in ("unique_attn", "build_tools", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            messages.visit(ast.parse(file.read_text("utf-8")))
+    text = PAGES["docs/troubleshooting.md"]
+    tables = re.findall(r"^\| (?:message|it says) \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    cells = [line.split(" | ")[0] for rows in tables for line in rows.splitlines()]
+    quotes = [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+    quotes += re.findall(r"`((?:this layer is|a layer holds|attention over|is a decode op|transformers')[^`]+)`", text)
+    assert len(quotes) > 60
+    for quote in quotes:
+        if quote == "UnsupportedFeatureError":
+            continue
+        parts = [re.escape(part) for part in quote.split("...")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(message) for message in messages.found), quote

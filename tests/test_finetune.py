@@ -1,4 +1,4 @@
-"""``examples/finetune.py`` on a tiny model, its data, what it measures, and the numbers in the README."""
+"""``examples/finetune.py`` on a tiny model, its data, what it measures, and the numbers in docs/quality.md."""
 
 from __future__ import annotations
 
@@ -19,25 +19,15 @@ from pictures import numbers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import unique_attn
-from unique_attn import UniqueConfig, evaluate, finetuning
-from unique_attn.finetuning import CITIES, HELD_OUT_CITIES, PLACES, Evaluation
-from unique_attn.models import load_model
+from examples import finetune, finetuning
+from examples.finetuning import CITIES, HELD_OUT_CITIES, PLACES, Evaluation
+from examples.support import DOCUMENT as TEXT
+from examples.support import evaluate
+from examples.support.models import load_model
+from unique_attn import UniqueConfig
 
 ROOT = Path(__file__).parent.parent
-TEXT = ROOT / "unique_attn" / "data" / "carrow_head.txt"
 LENGTH, CONFIG = 384, UniqueConfig(budget=64)
-
-
-def _example() -> Any:
-    spec = importlib.util.spec_from_file_location("finetune_example", ROOT / "examples" / "finetune.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = _example()
 
 
 class Tiny(NamedTuple):
@@ -86,7 +76,7 @@ def test_it_trains_and_measures(tiny: Tiny, tmp_path: Path, capsys: pytest.Captu
         pytest.importorskip("peft")
     saved = tmp_path / "saved"
     more = ["--method", method, "--tau", "2", "8", "--seeds", "0", "1", "--save", str(saved)]
-    assert example.main(arguments(tiny, tmp_path, *(more if method == "full" else more[:2]))) == 0
+    assert finetune.main(arguments(tiny, tmp_path, *(more if method == "full" else more[:2]))) == 0
     result = json.loads((tmp_path / "finetune.json").read_text())
     assert result["bench"] == "finetune"
     assert result["settings"] == CONFIG.to_dict()
@@ -234,19 +224,19 @@ def test_bad_input(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, mo
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     more = [str(tmp_path / word) if word in files else word for word in more]
-    assert example.main(arguments(tiny, tmp_path, *more)) == 1
+    assert finetune.main(arguments(tiny, tmp_path, *more)) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "finetune.json").exists()
 
 
-# ---- What the README says. ----
+# ---- What the documentation says. ----
 
 
 def test_numbers_come_from_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "finetune-h100.json").read_text("utf-8"))
     assert len(result["options"]["seeds"]) >= 3
     assert finetuning.summarize(result) == result["summary"]
-    assert finetuning.table(result) in (ROOT / "README.md").read_text("utf-8")
+    assert finetuning.table(result) in (ROOT / "docs" / "quality.md").read_text("utf-8")
 
 
 def test_the_picture_comes_from_the_committed_result(tmp_path: Path):

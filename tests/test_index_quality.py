@@ -1,4 +1,4 @@
-"""bench index_quality: what it compares is what the ops compute, and its report."""
+"""``benchmarks index_quality``: what it compares is what the ops compute, and its report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from pictures import numbers
 
-from unique_attn.__main__ import main
-from unique_attn.bench import _quality, index_quality
-from unique_attn.bench._index_formats import FORMATS, OUTLIERS, like_compressed, shipped
-from unique_attn.bench._real_keys import RealKeys, texts
+from benchmarks.cli import main
+from benchmarks.measure.index_formats import FORMATS, OUTLIERS, like_compressed, shipped
+from benchmarks.measure.real_keys import RealKeys, texts
+from benchmarks.report import quality
+from benchmarks.suite import index_quality
 from unique_attn.index_format import group_channels
 
 
@@ -73,7 +74,6 @@ def result(monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[str, Any]:
     monkeypatch.setattr(index_quality, "load_model", lambda name, quiet: (None, lambda text, return_tensors: Tokens))
     monkeypatch.setattr(index_quality, "capture", lambda model, ids, queries: (keys.q, keys.k))
     argv = [
-        "bench",
         "index_quality",
         "--device",
         "cpu",
@@ -97,15 +97,15 @@ def test_run_and_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     assert len(found["ops"]) == 3 * 7
     entry = next(r for r in found["ops"] if (r["rule"], r["index"], r["page_size"]) == ("directional", "compressed", 8))
     assert (entry["entry_bytes"], entry["bits"]) == (64, 1.0)
-    block = _quality.block([found])
+    block = quality.block([found])
     assert "| S=8 `directional`, compressed | 64 | 1 |" in block
     assert "| **`compressed`** | 8.00 | 64 |" in block
-    assert _quality.block([]) == ""
+    assert quality.block([]) == ""
     pytest.importorskip("matplotlib")
-    (picture,) = _quality.draw([found, {"bench": "demo"}], tmp_path / "docs")
+    (picture,) = quality.draw([found, {"bench": "demo"}], tmp_path / "docs")
     assert set(numbers(picture)["lines"]) == {f"{r['rule']}, {r['index']}" for r in found["ops"]}
 
 
 def test_bad_options():
     with pytest.raises(SystemExit, match="--queries: expected a multiple of 16, got 20"):
-        main(["bench", "index_quality", "--device", "cpu", "--queries", "20"])
+        main(["index_quality", "--device", "cpu", "--queries", "20"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from unique_attn import models
-from unique_attn.models import ModelFetchError, ModelUnavailableError, cache_dir, load_model, smollm2_path
+from examples.support import models
+from examples.support.models import ModelFetchError, ModelUnavailableError, cache_dir, load_model, smollm2_path
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

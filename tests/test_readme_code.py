@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it is written, on the CPU and with a tiny random model."""
+"""Every Python block of the README and of docs/ runs as it is written, on the CPU and with a tiny random model."""
 
 from __future__ import annotations
 
@@ -10,63 +10,60 @@ from typing import Any
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-BLOCKS = {match[1]: match for match in re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)}
-OPS, DROP_IN, GRAPHED, TRAINING = "import torch\n", "import unique_attn\n", "decoder = ", "unique_attn.enable("
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WITH_CODE = [str(page.relative_to(ROOT)) for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
 
 
-def block(beginning: str) -> str:
-    (found,) = [code for code in BLOCKS if code.startswith(beginning)]
-    return found
-
-
-def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Execute a block; its lines have the README's numbers in a traceback."""
-    before = README.count("\n", 0, BLOCKS[code].start(1))
-    exec(compile("\n" * before + code, "README.md", "exec"), names)
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Execute the blocks of a page one after another, as a reader would; lines have its numbers in a traceback."""
+    text = (ROOT / page).read_text("utf-8")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Both `max_new_tokens`")  # of transformers, which logs it, too
+        for block in BLOCK.finditer(text):
+            before = text.count("\n", 0, block.start(1))
+            exec(compile("\n" * before + block[1], page, "exec"), names)
     return names
 
 
-def test_every_block_is_run():
-    assert {block(each) for each in (OPS, DROP_IN, GRAPHED, TRAINING)} == set(BLOCKS)
-
-
-def test_ops():
-    found = run(block(OPS), {})
-    assert found["pages"].shape == (2, 1, 2, 16)
-    assert found["q"].grad.abs().sum() > 0
-    assert found["k"].grad.abs().sum() > 0
-
-
 @pytest.fixture
-def model() -> Any:
+def names(tmp_path: Path) -> dict[str, Any]:
+    """What the pages take as given: a model, inputs, and what a Trainer needs."""
     pytest.importorskip("transformers")
-    from hf_helpers import SHAPE
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "max_position_embeddings": 4096})).eval()
-
-
-def test_drop_in(model: Any):
-    ids = torch.randint(2, 97, (2, 600))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = run(block(DROP_IN), {"model": model, "inputs": inputs})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers, about both a given length and one of its defaults
-        found = run(block(GRAPHED), found)
-    assert found["tokens"].shape == (2, 800)
-
-
-def test_training(model: Any, tmp_path: Path):
     pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
+    from hf_helpers import SHAPE
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    import unique_attn
-
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 97, (4, 600))]
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    ids = torch.randint(2, 97, (2, 600))
     settings = {"max_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "per_device_train_batch_size": 2}
-    args = TrainingArguments(str(tmp_path), **settings)
-    names = {"unique_attn": unique_attn, "model": model, "Trainer": Trainer, "args": args, "data": data}
-    trainer = run(block(TRAINING), names)["trainer"]
-    assert trainer.train().training_loss > 0
-    assert any("sparsity_mass_kept" in line for line in trainer.state.log_history)
+    return {
+        "model": model,
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "Trainer": Trainer,
+        "args": TrainingArguments(str(tmp_path), **settings),
+        "data": [{"input_ids": row, "labels": row} for row in torch.randint(2, 97, (4, 600))],
+    }
+
+
+def test_pages_have_code():
+    assert {"README.md", "docs/support.md", "docs/training.md"} <= set(WITH_CODE)
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_runs(page: str, names: dict[str, Any]):
+    found = run(page, names)
+    if page == "README.md":
+        assert found["pages"].shape == (2, 1, 2, 16)
+        assert found["q"].grad.abs().sum() > 0
+        assert found["k"].grad.abs().sum() > 0
+        assert len(found["records"]) == 19  # the prompt is read once and gives the first of 20 tokens
+    if "tokens" in found:
+        assert found["tokens"].shape == (2, 800)
+    if "trainer" in found:
+        trainer = found["trainer"]
+        assert trainer.train().training_loss > 0
+        assert any("sparsity_mass_kept" in line for line in trainer.state.log_history)

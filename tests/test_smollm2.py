@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import resources
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,10 +14,10 @@ from unique_attn import UniqueConfig, ops
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-from unique_attn import evaluate
-from unique_attn.bench._real_keys import RealKeys, capture
-from unique_attn.bench.index_quality import by_ops
-from unique_attn.models import ModelFetchError, load_model
+from benchmarks.measure.real_keys import RealKeys, capture
+from benchmarks.suite.index_quality import by_ops
+from examples.support import DOCUMENT, evaluate
+from examples.support.models import ModelFetchError, load_model
 
 CONTEXT, STEPS = 1200, 12
 
@@ -40,7 +39,7 @@ def dense() -> Dense:
         model, tokenizer = load_model(quiet=True)
     except ModelFetchError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
-    text = resources.files("unique_attn").joinpath("data/carrow_head.txt").read_text("utf-8")
+    text = DOCUMENT.read_text("utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : CONTEXT + STEPS + 1]
     cache = evaluate.prefill(model, ids[:, :CONTEXT])
     return Dense(model, ids[:, CONTEXT:], cache, *evaluate.teacher_forced(model, ids[:, CONTEXT:], cache), ids)

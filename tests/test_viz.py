@@ -9,7 +9,7 @@ import pytest
 import torch
 from pictures import numbers
 
-from unique_attn.viz import Selections, plot_layers, plot_lengths, plot_selection
+from unique_attn.viz import Selections, plot_layers, plot_selection
 
 pytest.importorskip("matplotlib")
 
@@ -69,11 +69,3 @@ def test_pictures(tmp_path: Path, steps: int, layers: int, heads: int, pages: in
     expected = {"layers": list(range(layers)), "seq_lens": list(s.seq_lens), "pages_read": s.read.sum(-1).tolist()}
     for path in (drawn, plot_layers(s, tmp_path / "b.png", marks=marks)):
         assert numbers(path) == expected | {"marks": marks}
-
-
-@pytest.mark.parametrize("logarithmic", [True, False])
-def test_lengths(tmp_path: Path, logarithmic: bool):
-    lines = {"soft": [1.0, 4.0, 16.5], "dense": [0.5, 2.0, float("nan")]}
-    path = plot_lengths([8192, 16384, 1000], lines, tmp_path / "deep" / "a.png", title="t", logarithmic=logarithmic)
-    lines["dense"][-1] = None
-    assert numbers(path) == {"subtitle": "", "lengths": [8192, 16384, 1000], "lines": lines}

@@ -1,15 +1,13 @@
-"""Pictures of what page-sparse decoding reads, drawn from recorded selections, and of measurements.
+"""Pictures of what page-sparse decoding reads, drawn from recorded selections.
 
 :class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
 :func:`plot_selection` draws them in one figure (by step above, by layer and head below), :func:`plot_layers` draws
-every single choice, one panel a layer. :func:`plot_lengths` draws measurements against sequence lengths,
-:func:`plot_tradeoff` gains against costs. Needs matplotlib; the rest of the package imports this module only to draw.
+every single choice, one panel a layer. Needs matplotlib; the rest of the package imports this module only to draw.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +81,8 @@ class Selections:
         return {"layers": self.layers, "seq_lens": self.seq_lens, "pages_read": self.read.sum(-1).tolist()}
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, without a window where there is no choice yet."""
     try:
         import matplotlib
     except ImportError as error:
@@ -106,7 +105,8 @@ def _norm() -> Any:
     return PowerNorm(0.5, 0, 1)  # a page that few heads read must still show
 
 
-def _style(ax: Any) -> None:
+def style(ax: Any) -> None:
+    """No frame, small quiet ticks."""
     for side in ("top", "right", "left", "bottom"):
         ax.spines[side].set_visible(False)
     ax.tick_params(length=0, labelsize=8, colors=INK)
@@ -161,7 +161,7 @@ def plot_selection(
     Returns:
         ``path``.
     """
-    plt = _pyplot()
+    plt = pyplot()
     read = selections.read
     steps, layers, heads, _ = read.shape
     rows = layers * heads
@@ -178,9 +178,9 @@ def plot_selection(
     ax_head = figure.add_axes((left, y_bottom, width, bottom / height), sharex=ax_step)
 
     extent = (0, selections.tokens)
-    style: dict[str, Any] = {"aspect": "auto", "cmap": _ramp(), "norm": _norm(), "interpolation": "nearest"}
-    image = ax_step.imshow(by_step, extent=(*extent, steps, 0), **style)
-    ax_head.imshow(by_head, extent=(*extent, rows, 0), **style)
+    shading: dict[str, Any] = {"aspect": "auto", "cmap": _ramp(), "norm": _norm(), "interpolation": "nearest"}
+    image = ax_step.imshow(by_step, extent=(*extent, steps, 0), **shading)
+    ax_head.imshow(by_head, extent=(*extent, rows, 0), **shading)
     labels = list(step_labels) if step_labels is not None else [str(i + 1) for i in range(steps)]
     every = max(1, -(-steps // 48))
     ax_step.set_yticks([i + 0.5 for i in range(0, steps, every)], labels[::every])
@@ -192,7 +192,7 @@ def plot_selection(
     ax_head.set_ylabel(f"layer ({heads} KV heads each)", fontsize=9, color=INK)
     ax_head.set_xlabel(f"position in the context (tokens; one page is {selections.page_size})", fontsize=9, color=INK)
     for ax in (ax_step, ax_head):
-        _style(ax)
+        style(ax)
     for layer in range(1, layers):
         ax_head.axhline(layer * heads, color=PAPER, linewidth=0.7)
     _mark((ax_step, ax_head), marks or {})
@@ -207,7 +207,7 @@ def plot_selection(
         ax.set_title(caption, loc="left", fontsize=10, color=INK, pad=8)
     figure.text(left, 1 - 0.32 / height, title, fontsize=15, color=INK, weight="bold", va="top")
     figure.text(left, 1 - 0.63 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path, selections.numbers() | {"marks": marks or {}})
+    return save(figure, path, selections.numbers() | {"marks": marks or {}})
 
 
 def plot_layers(
@@ -223,7 +223,7 @@ def plot_layers(
 
     Arguments are those of :func:`plot_selection`; ``columns`` is the number of panels side by side.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
@@ -250,7 +250,7 @@ def plot_layers(
             interpolation="nearest",
             extent=(0, selections.tokens, picture.shape[0], 0),
         )
-        _style(ax)
+        style(ax)
         ax.set_yticks([])
         ax.set_ylabel(str(layer), rotation=0, fontsize=9, color=INK, ha="right", va="center", labelpad=4)
         below = i + columns >= layers
@@ -277,122 +277,14 @@ def plot_layers(
         0.035, 1 - 0.6 / height, f"{subtitle}\n{note}" if subtitle else note, fontsize=9.5, color=MUTED, va="top",
         linespacing=1.4,
     )  # fmt: skip
-    return _save(plt, figure, path, selections.numbers() | {"marks": marks or {}})
+    return save(figure, path, selections.numbers() | {"marks": marks or {}})
 
 
-def plot_lengths(
-    lengths: Sequence[int],
-    lines: Mapping[str, Sequence[float]],
-    path: str | Path,
-    *,
-    title: str,
-    subtitle: str = "",
-    ylabel: str = "",
-    logarithmic: bool = False,
-) -> Path:
-    """Draw measured values against sequence lengths, one line a name.
-
-    Args:
-        lengths: tokens, ascending.
-        lines: a value for each length, NaN where there is none (not in all places of a line).
-        path: file to write.
-        title: the heading.
-        subtitle: a smaller line below it.
-        ylabel: what the values are.
-        logarithmic: both axes by factors, so that a straight line is a power; else from 0 on.
-
-    Returns:
-        ``path``.
-    """
-    plt = _pyplot()
-    from matplotlib.ticker import FormatStrFormatter, LogLocator
-
-    figure = plt.figure(figsize=(8.4, 4.8), facecolor=PAPER)
-    names_width = 0.08 + 0.008 * max(map(len, lines))  # of the figure's width, with the sample lines
-    ax = figure.add_axes((0.09, 0.12, min(0.66, 0.91 - names_width), 0.68))
-    measured = {name: [value for value in values if not math.isnan(value)] for name, values in lines.items()}
-    for i, (name, values) in enumerate(lines.items()):
-        points = [(length, value) for length, value in zip(lengths, values) if not math.isnan(value)]
-        style: dict[str, Any] = {"color": HEADS[i % len(HEADS)], "linestyle": "-" if i < len(HEADS) else "--"}
-        ax.plot(*zip(*points), marker="o", markersize=4, linewidth=1.8, label=name, **style)
-    if logarithmic:
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        values = [value for line in measured.values() for value in line]
-        narrow = max(values) < 8 * min(values)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if narrow else (1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    else:
-        ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
-    ax.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
-    ax.minorticks_off()
-    ax.grid(axis="y", color=GRID, linewidth=0.7)
-    _style(ax)
-    ax.set_xlabel("tokens", fontsize=9, color=INK)
-    ax.set_ylabel(ylabel, fontsize=9, color=INK)
-    # Names from top to bottom as the lines end.
-    handles, names = ax.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: -measured[names[i]][-1])
-    ax.legend(
-        [handles[i] for i in order], [names[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5),
-        frameon=False, fontsize=9, labelcolor=INK, handlelength=2.8,
-    )  # fmt: skip
-    figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
-    figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path, {"subtitle": subtitle, "lengths": lengths, "lines": lines})
-
-
-def plot_tradeoff(
-    lines: Mapping[str, Sequence[tuple[float, float, str]]],
-    path: str | Path,
-    *,
-    title: str,
-    subtitle: str = "",
-    xlabel: str = "",
-    ylabel: str = "",
-) -> Path:
-    """Draw what is gained against what it costs, one line a name, the costs by factors of two.
-
-    Args:
-        lines: ``(cost, gain, label)`` of each point, in the order in which they are joined.
-        path: file to write.
-        title: the heading.
-        subtitle: a smaller line below it.
-        xlabel: what the costs are.
-        ylabel: what the gains are.
-
-    Returns:
-        ``path``.
-    """
-    plt = _pyplot()
-    from matplotlib.ticker import FormatStrFormatter
-
-    figure = plt.figure(figsize=(8.4, 4.8), facecolor=PAPER)
-    ax = figure.add_axes((0.09, 0.12, 0.64, 0.68))
-    for i, (name, points) in enumerate(lines.items()):
-        x, y, labels = zip(*points)
-        ax.plot(x, y, color=HEADS[i % len(HEADS)], marker="o", markersize=4.5, linewidth=1.8, label=name)
-        for at, text in zip(zip(x, y), labels):
-            ax.annotate(text, at, xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=MUTED)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    ax.minorticks_off()
-    ax.grid(axis="y", color=GRID, linewidth=0.7)
-    _style(ax)
-    ax.set_xlabel(xlabel, fontsize=9, color=INK)
-    ax.set_ylabel(ylabel, fontsize=9, color=INK)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=INK)
-    figure.text(0.09, 0.95, title, fontsize=15, color=INK, weight="bold", va="top")
-    figure.text(0.09, 0.87, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return _save(plt, figure, path, {"subtitle": subtitle, "lines": lines})
-
-
-def _save(plt: Any, figure: Any, path: str | Path, numbers: Mapping[str, Any]) -> Path:
+def save(figure: Any, path: str | Path, numbers: Mapping[str, Any]) -> Path:
     """Write a picture and, as a text in it, the numbers it was drawn from: by them, not by pixels, which depend on
     matplotlib's version, the tests tell whether a picture is still the one of its data."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor=PAPER, metadata={"Comment": json.dumps(numbers)})
-    plt.close(figure)
+    pyplot().close(figure)
     return path

@@ -1,0 +1,68 @@
+"""What a reader is told first: the most and the least that a decode step gains, by the default rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.report.tables import Result, cases_of, measured, ms, tokens
+from examples.support.results import markdown
+
+SETTINGS = {"rule": "directional", "page_size": 8, "budget": 512}
+MODEL = [{"batch": 80, "context": 32768}, {"batch": 1, "context": 32768}]  # shapes, of one result
+LAYER = [{"batch": 80, "context": 32768}, {"batch": 1, "context": 8192}]
+LAYER_SETTINGS = {**SETTINGS, "head_dim": 128, "index_format": "compressed"}
+
+
+Row = tuple[str, float, float]  # what ran, milliseconds of dense and of page-sparse attention
+
+
+def _models(results: Sequence[Result]) -> list[Row]:
+    """Steps of a compiled model, of the first GPU that there is a result of."""
+    for result in results:
+        cases = cases_of(result) if result["bench"] == "model" and result["environment"]["device"] != "cpu" else []
+        found: list[Row] = []
+        for case in _wanted(cases, SETTINGS, MODEL):
+            if case.get("compiled") and "unique_compressed" in case["best"] and case["peer"]:
+                dense, ours = (case["sides"][case["best"][name]] for name in (case["peer"], "unique_compressed"))
+                what = f"whole model of {case['options']['layers']} layers"
+                found.append((_name(what, case, found), dense["median_ms"], ours["median_ms"]))
+        if found:
+            return found
+    return []
+
+
+def _layers(results: Sequence[Result]) -> list[Row]:
+    """Steps of a single layer, of the first GPU that there is a result of."""
+    found: list[Row] = []
+    cases = [case for _, cases in measured(results, "decode", "unique_decode") for case in cases if case.get("peer")]
+    cases = [case for case in cases if case["environment"]["device"] == cases[0]["environment"]["device"]]
+    for case in _wanted(cases, LAYER_SETTINGS, LAYER):
+        times = case[case["peer"]]["median_ms"], case["unique_decode"]["median_ms"]
+        found.append((_name("one layer", case, found), *times))
+    return found
+
+
+def _wanted(
+    cases: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The cases of these shapes, in the order of the shapes."""
+    return [case for shape in shapes for case in cases if {**settings, **shape}.items() <= case["options"].items()]
+
+
+def _name(what: str, case: Mapping[str, Any], above: Sequence[Row]) -> str:
+    o = case["options"]
+    shape = f"batch {o['batch']}, {tokens(o['context'])} context"
+    return f"the same, {shape}" if above else f"{what}, D={o['head_dim']}, {shape}, {case['environment']['device']}"
+
+
+def block(results: Sequence[Result]) -> str:
+    """The block ``headline``; empty without results of a GPU."""
+    rows = [
+        (what, ms(dense), ms(ours), f"**{dense / ours:.1f}x**")
+        for what, dense, ours in (*_models(results), *_layers(results))
+    ]
+    head = ["one decode step, 512 tokens read", "dense", "page-sparse, compressed index", "faster"]
+    return markdown(pd.DataFrame(rows, columns=head)) if rows else ""

@@ -1,0 +1,156 @@
+"""Pictures of measurements: against lengths, of gains against costs, of times over bytes. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unique_attn import viz
+
+FOLDER = "docs"  # of the pictures, seen from the root of a checkout
+
+
+def image(alt: str, file: str) -> str:
+    """A line that shows a picture, on a page at the root; :mod:`benchmarks.report.pages` fits it to other pages."""
+    return f"![{alt}]({FOLDER}/{file})\n"
+
+
+def _axes(title: str, subtitle: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    figure, ax = viz.pyplot().subplots(figsize=(8.4, 4.8), facecolor=viz.PAPER, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=15, color=viz.INK, weight="bold")
+    ax.set_title(subtitle, loc="left", fontsize=9.5, color=viz.MUTED, pad=12)
+    ax.grid(axis="y", color=viz.GRID, linewidth=0.7)
+    viz.style(ax)
+    ax.set_xlabel(xlabel, fontsize=9, color=viz.INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=viz.INK)
+    return figure, ax
+
+
+def _save(figure: Any, lines: Sequence[Any], path: str | Path, numbers: Mapping[str, Any]) -> Path:
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": viz.INK, "handlelength": 2.8}
+    figure.legend(handles=lines, loc="outside right center", **style)
+    return viz.save(figure, path, numbers)
+
+
+def plot_lengths(
+    lengths: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    ylabel: str = "",
+    logarithmic: bool = False,
+) -> Path:
+    """Draw measured values against sequence lengths, one line a name.
+
+    Args:
+        lengths: tokens, ascending.
+        lines: a value for each length, NaN where there is none (not in all places of a line).
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        ylabel: what the values are.
+        logarithmic: both axes by factors, so that a straight line is a power; else from 0 on.
+
+    Returns:
+        ``path``.
+    """
+    figure, ax = _axes(title, subtitle, "tokens", ylabel)
+    drawn = {}
+    for i, (name, values) in enumerate(lines.items()):
+        points = [(length, value) for length, value in zip(lengths, values) if not math.isnan(value)]
+        style: dict[str, Any] = {
+            "color": viz.HEADS[i % len(viz.HEADS)],
+            "linestyle": "--" if i >= len(viz.HEADS) else "-",
+        }
+        (line,) = ax.plot(*zip(*points), marker="o", markersize=4, linewidth=1.8, label=name, **style)
+        drawn[line] = points[-1][1]
+    if logarithmic:
+        from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        low, high = ax.dataLim.intervaly
+        factors = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if high < 8 * low else (1.0, 2.0, 5.0)
+        ax.yaxis.set_major_locator(LogLocator(subs=factors))
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    else:
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+    ax.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
+    ax.minorticks_off()
+    names = sorted(drawn, key=lambda line: -drawn[line])  # from top to bottom as the lines end
+    return _save(figure, names, path, {"subtitle": subtitle, "lengths": lengths, "lines": lines})
+
+
+def plot_tradeoff(
+    lines: Mapping[str, Sequence[tuple[float, float, str]]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Path:
+    """Draw what is gained against what it costs, one line a name, the costs by factors of two.
+
+    Args:
+        lines: ``(cost, gain, label)`` of each point, in the order in which they are joined.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        xlabel: what the costs are.
+        ylabel: what the gains are.
+
+    Returns:
+        ``path``.
+    """
+    from matplotlib.ticker import FormatStrFormatter
+
+    figure, ax = _axes(title, subtitle, xlabel, ylabel)
+    for (name, points), color in zip(lines.items(), viz.HEADS):
+        x, y, labels = zip(*points)
+        ax.plot(x, y, color=color, marker="o", markersize=4.5, linewidth=1.8, label=name)
+        for at, text in zip(zip(x, y), labels):
+            ax.annotate(text, at, xytext=(4, -10), textcoords="offset points", fontsize=7.5, color=viz.MUTED)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.minorticks_off()
+    return _save(figure, ax.lines, path, {"subtitle": subtitle, "lines": lines})
+
+
+def plot_roofline(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    gb_per_s: float,
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+) -> Path:
+    """Draw measured times over bytes, both logarithmic, and the line of the bandwidth that no point can be below.
+
+    Args:
+        points: MiB and µs of every measurement, by name.
+        gb_per_s: the bandwidth.
+        path: file to write.
+        title, subtitle: above the picture.
+
+    Returns:
+        ``path``.
+    """
+    figure, ax = _axes(title, subtitle, "MiB that must be moved", "µs")
+    sizes = [size for values in points.values() for size, _ in values]
+    ends = [min(sizes) / 1.5, max(sizes) * 1.5]
+    floor = [size * 2**20 / gb_per_s / 1e3 for size in ends]
+    ax.plot(ends, floor, color=viz.ACCENT, linewidth=1.5, label=f"{gb_per_s / 1e3:.2f} TB/s, measured")
+    for i, (name, values) in enumerate(points.items()):
+        ax.plot(*zip(*values), "o", color=viz.HEADS[i % len(viz.HEADS)], markersize=4, alpha=0.8, label=name)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.minorticks_off()
+    ax.grid(color=viz.GRID, linewidth=0.7)
+    return _save(figure, ax.lines, path, {"subtitle": subtitle, "points": points, "gb_per_s": gb_per_s})
