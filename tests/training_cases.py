@@ -246,7 +246,7 @@ def eager(case: TrainCase, mask: dict[str, Tensor]) -> dict[str, Tensor]:
         q, k, v = (x[part] for x in leaves)
         per_query = {n: None if options[n] is None else options[n][part] for n in ("theta", "pages")}
         gates = reference_train.key_gates(
-            q.to(wide), k.to(wide), **{**options, **per_query}, spread_weight=spec.weight, entry_dtype=spec.dtype,
+            q.to(wide), k.to(wide), **{**options, **per_query}, weight=spec.weight, entry_dtype=spec.dtype,
             **cuda_roundings(case, wide),
         )  # fmt: skip
         group_q = q.view(len(q), spec.kv_heads, spec.group, spec.head_dim)
