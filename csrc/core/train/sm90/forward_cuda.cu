@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
   Ring<kValueStages> values;
   int previous = 0;  // stage of the values that the product in flight reads
 
+  const Turns<2> turns(warpgroup);  // barrier 1 is that of finish_zero_rows
   barrier_wait(&shared.q_full, 0);
   keys.wait(shared.keys);
   wgmma_fence();
@@ -171,6 +172,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     pack_operand<T>(probabilities, s);
     pin(out);
     pin(probabilities);
+    turns.wait();
     if (tile > 0) {
       keys.wait(shared.keys);
       wgmma_fence();
@@ -181,6 +183,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     wgmma_fence();
     product_ab<T, kKeys / 16>(out, probabilities, shared.v[values.stage][0], kKeyNext);
     wgmma_commit();
+    turns.pass();
     previous = values.stage;
     values.advance();
     wgmma_wait<1>();
