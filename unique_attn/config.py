@@ -84,12 +84,12 @@ class UniqueConfig(CheckedConfig):
 
     @property
     def num_pages(self) -> int:
-        """Pages that a query reads, k in the paper: ``budget // page_size``."""
+        """``budget // page_size``, the pages that a query reads (k in the paper)."""
         return self.budget // self.page_size
 
     @property
     def spread(self) -> float:
-        """The rule's weight of a page's spread: ``lambda_`` or ``c``; 0 for rules without one."""
+        """``lambda_`` or ``c``, the rule's weight of a page's spread; 0 for rules without one."""
         return {"unique": self.lambda_, "directional": self.c}.get(self.rule, 0.0)
 
     @property
