@@ -74,7 +74,7 @@ class Selections:
 
     @property
     def tokens(self) -> int:
-        """Length of the position axis: the tokens that the pages cover."""
+        """Length of the position axis, that is the tokens that the pages cover."""
         return int(self.read.shape[-1] * self.page_size)
 
     def shares(self) -> np.ndarray:
