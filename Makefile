@@ -17,8 +17,8 @@ CXX_SOURCES = $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o
 # Which transformers `test-transformers` runs on; "locked" is the one of $(VENV).
 TRANSFORMERS ?= oldest locked newest
 
-.PHONY: help setup build demo test test-transformers bench report info sanitize lint format lock cuda-compile cuda-hazards wheel clean \
-	distclean FORCE
+.PHONY: help setup build demo test test-transformers bench report info sanitize lint format lock cuda-compile cuda-hazards docs \
+	sdist wheel wheels wheel-hazards wheel-smoke clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -32,7 +32,10 @@ help:
 	@echo "make lint | format      linters | formatters"
 	@echo "make lock               requirements/lock.txt anew, with the newest versions"
 	@echo "make cuda-compile       compile every CUDA source"
-	@echo "make wheel              a wheel in dist/"
+	@echo "make docs               the documentation in build/docs/index.html"
+	@echo "make sdist | wheel      in dist/: the source archive | a wheel made from it, for this machine"
+	@echo "make wheels             in dist/: manylinux wheels with CUDA for every CPython (needs docker or podman)"
+	@echo "make wheel-smoke        the wheel of dist/ in an environment with nothing but torch"
 	@echo "make clean | distclean  remove what was built | the environments too"
 
 # ---- Set-up ----
@@ -136,12 +139,43 @@ $(VENV)/.cuda-tools: requirements/cuda-tools.txt $(VENV)/.requirements
 cuda-hazards: $(VENV)/.cuda-tools
 	@UNIQUE_ATTN_CUDA=1 $(BIN)/python -m build_tools.wgmma_hazards
 
-wheel: $(VENV)/.requirements
-	$(BIN)/python -m build --no-isolation --wheel
+# ---- Documentation and releases ----
+
+docs: build
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto -d build/docs-cache docs build/docs
+
+.venv-release/.requirements: requirements/release.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 was found: install one or run make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
+sdist: .venv-release/.requirements
+	rm -f dist/*.tar.gz
+	.venv-release/bin/python -m build --sdist
+
+wheel: sdist $(VENV)/.requirements
+	$(PIP) wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
+
+# What they are made of and how is in pyproject.toml, [tool.cibuildwheel].
+wheels: sdist
+	.venv-release/bin/cibuildwheel --platform linux --output-dir dist dist/*.tar.gz
+
+# What `cuda-hazards` does, for the code that is released.
+wheel-hazards: .venv-release/.requirements
+	.venv-release/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/cuda-tools.txt
+	for wheel in dist/*.whl; do \
+		rm -rf build/wheel && .venv-release/bin/python -m zipfile -e $$wheel build/wheel && \
+		.venv-release/bin/python -m build_tools.wgmma_hazards build/wheel/unique_attn/lib/libunique_attn.so || exit 1; \
+	done
+
+# SMOKE_ARGS='torch==2.10.0 --cuda': on another torch; the wheel must hold CUDA kernels.
+wheel-smoke:
+	PYTHON=$(PYTHON) .ci/wheel-smoke dist $(SMOKE_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info unique_attn/lib unique_attn/_runtime*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.installed
 
 distclean: clean
-	rm -rf $(VENV) .venv-tf-* .venv-lock
+	rm -rf $(VENV) .venv-tf-* .venv-lock .venv-release

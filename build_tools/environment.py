@@ -179,8 +179,10 @@ def find_cuda() -> Cuda | None:
 
     def folders(variable: str, flag: str) -> tuple[str, ...]:
         line = re.search(rf"^#\$ {variable}=(.*)$", dry, re.MULTILINE)
-        found = re.findall(rf'"{flag}([^"]+)"', line.group(1)) if line else []
-        return tuple(os.path.realpath(folder) for folder in found if not folder.endswith("stubs"))
+        found = [Path(each) for each in re.findall(rf'"{flag}([^"]+)"', line.group(1))] if line else []
+        # nvcc from PyPI (nvidia-cuda-nvcc) says lib64, its packages have lib.
+        found = [each if each.is_dir() or each.name != "lib64" else each.with_name("lib") for each in found]
+        return tuple(os.path.realpath(folder) for folder in found if folder.name != "stubs")
 
     gencode, archs = _parse_archs(os.environ.get("UNIQUE_ATTN_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS)
     return Cuda(nvcc, version, folders("INCLUDES", "-I"), folders("LIBRARIES", "-L"), gencode, archs)

@@ -1,8 +1,9 @@
 """Look in the machine code of the Hopper kernels for registers that are written while a wgmma in flight reads them.
 
-``python -m build_tools.wgmma_hazards`` after a build with CUDA. ptxas (13.0) has been seen to give an operand's
-registers to other values while the product still read them; results were wrong only sometimes, so a test may not
-notice. Needs cuobjdump and nvdisasm, from a CUDA toolkit or from PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+``python -m build_tools.wgmma_hazards`` after a build with CUDA, or with a built library as its argument. ptxas (13.0)
+has been seen to give an operand's registers to other values while the product still read them; results were wrong only
+sometimes, so a test may not notice. Needs cuobjdump and nvdisasm, from a CUDA toolkit or from PyPI
+(nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -127,13 +128,11 @@ def disassemble(objects: list[str]) -> list[Kernel]:
     return kernels
 
 
-def main() -> int:
-    objects = [str(native.ROOT / file) for file in native.compile_cuda()]
-    kernels = [
-        kernel
-        for kernel in disassemble([file for file in objects if "/sm90/" in file])
-        if any("HGMMA" in text for _, text in kernel.instructions)
-    ]
+def main(libraries: list[str]) -> int:
+    objects = [str(Path(file).resolve(strict=True)) for file in libraries]
+    if not libraries:
+        objects = [str(native.ROOT / file) for file in native.compile_cuda() if "/sm90/" in file]
+    kernels = [kernel for kernel in disassemble(objects) if any("HGMMA" in text for _, text in kernel.instructions)]
     bad = 0
     for kernel in kernels:
         for address, text in hazards(kernel).items():
@@ -145,6 +144,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except BuildError as error:
         sys.exit(f"error: {error}")

@@ -224,7 +224,7 @@ def draw(
             f"{name}, rule {config.rule}: each layer and KV head read {config.budget} of {prompt.ids.shape[1]} tokens "
             f"a step, in pages of {config.page_size}"
         )
-        marks = {} if prompt.answer_at is None else {"the answer stands here": prompt.answer_at}
+        marks = {} if prompt.answer_at is None else {"the answer": prompt.answer_at}
         labels = [repr(tokenizer.decode([token]))[1:-1] for token in answer[: len(selections.seq_lens)].tolist()]
         out = Path(options.out)
         return [

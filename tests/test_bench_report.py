@@ -58,6 +58,29 @@ def test_no_gpu_results_no_blocks(results: dict[str, dict[str, Any]]):
     assert headline.block(cpu) == headline.block([]) == ""
 
 
+def test_headline_picture(results: dict[str, dict[str, Any]], tmp_path: Path):
+    """Of a compiled model, one line for a batch and an index that were measured at several contexts."""
+    pytest.importorskip("matplotlib")
+    (case,) = results["model"]["cases"]
+    peer, side = case["peer"], "unique_exact"
+    case = {**case, "compiled": True, "best": {side: side}, "options": {**case["options"], **headline.SETTINGS}}
+    times = {(80, 16384): 3.5, (80, 8192): 2.5, (1, 8192): 1.5}
+    cases = [
+        {
+            **case,
+            "options": {**case["options"], "batch": batch, "context": context},
+            "speedups": {side: {peer: factor}},
+        }
+        for (batch, context), factor in times.items()
+    ]
+    (path,) = headline.draw([{**results["model"], "cases": cases}], tmp_path)
+    assert path == tmp_path / "model_speed.png"
+    assert numbers(path)["lines"] == {"batch 80, exact index": {"8192": 2.5, "16384": 3.5}}
+    assert headline.draw([{**results["model"], "cases": cases[1:]}], tmp_path) == []
+    plain = [{**each, "compiled": False} for each in cases]
+    assert headline.draw([{**results["model"], "cases": plain}], tmp_path) == []
+
+
 def test_tables(results: dict[str, dict[str, Any]]):
     blocks = tables.blocks(list(results.values()))
     assert blocks.pop("decode shapes gpu") == ""

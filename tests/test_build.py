@@ -169,6 +169,15 @@ def test_cuda_against_a_cpu_torch(project: Project, nvcc: Path):
     assert project.call("get_kernel") == ""
 
 
+def test_nvcc_from_pypi(project: Project, nvcc: Path):
+    """Its profile names the folder lib64, and the libraries are in lib."""
+    text = nvcc.read_text()
+    nvcc.write_text(text.replace("/lib/stubs", "/lib64/stubs").replace('/lib"', '/lib64"'))
+    assert nvcc.read_text() != text
+    project.build("ops", UNIQUE_ATTN_CUDA="1", UNIQUE_ATTN_NVCC=str(nvcc))
+    assert project.call("get_kernel") == "7"
+
+
 def test_cuda_sources_alone(project: Project, nvcc: Path):
     env = {"UNIQUE_ATTN_CUDA": "1", "UNIQUE_ATTN_NVCC": str(nvcc), "UNIQUE_ATTN_CUDA_ARCHS": "9.0+PTX"}
     env["UNIQUE_ATTN_NVCC_FLAGS"] = "-DONE -DTWO"

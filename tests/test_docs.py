@@ -118,8 +118,18 @@ def test_pictures_come_from_committed_results(tmp_path: Path):
     drawn = report.draw(report.load(ROOT / "benchmarks" / "results"), tmp_path)
     for path in drawn:
         assert numbers(path) == numbers(ROOT / "docs" / path.name), "run `make report`"
-    others = {"selection.png", "finetune.png"}  # by the demo and by examples/finetune.py
-    assert {path.name for path in drawn} | others == {path.name for path in (ROOT / "docs").glob("*.png")}
+    assert {path.name for path in drawn} | {"selection.png"} == {path.name for path in (ROOT / "docs").glob("*.png")}
+
+
+def test_the_page_of_the_answer():
+    """What is said of the demo's picture, from the numbers in it."""
+    shares = numbers(ROOT / "docs" / "selection.png")["shares"]
+    said = re.findall(
+        r"up to (\d+%) of the\s+90 heads read it.+?the median page, by (\d+%)", PAGES["docs/quality.md"], re.DOTALL
+    )
+    assert said == [(f"{max(shares['the answer']):.0%}", f"{max(shares['median page']):.0%}")]
+    above = [i for i, pair in enumerate(zip(shares["the answer"], shares["90th percentile"])) if pair[0] > pair[1]]
+    assert above == list(range(9, 15))  # the steps that chose the digits of 73914, and the full stop after them
 
 
 def sweep() -> dict[str, Any]:

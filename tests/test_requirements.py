@@ -44,7 +44,7 @@ def locked(python: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "torch.txt", "cuda-tools.txt"])
+@pytest.mark.parametrize("name", ["lock.txt", "torch.txt", "cuda-tools.txt", "cuda-toolkit.txt", "release.txt"])
 def test_every_line_is_an_exact_version(name: str):
     for line in requirements(name):
         assert re.fullmatch(r"==[^*,]+", str(line.specifier)), line

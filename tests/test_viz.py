@@ -45,6 +45,12 @@ def test_records_become_an_array():
     np.testing.assert_array_equal(s.read, expected)
 
 
+def test_shares():
+    records = [record(0, 9, [[0, 1], [1, -1]]), record(0, 17, [[0, 2], [1, 2]])]
+    s = Selections.from_records(records, page_size=8, sequence=1)
+    np.testing.assert_array_equal(s.shares(), [[0.5, 1.0, np.nan], [0.5, 0.5, 1.0]])
+
+
 def test_several_query_tokens_are_united():
     pages = torch.tensor([[[[0, 1]], [[0, 3]]]], dtype=torch.int32)  # [1, 2, 1, 2]
     s = Selections.from_records([(0, torch.tensor([30]), pages)], page_size=8)
@@ -67,5 +73,11 @@ def test_pictures(tmp_path: Path, steps: int, layers: int, heads: int, pages: in
         s, tmp_path / "new" / "a.png", subtitle="$ not mathtext", step_labels=["a_b$"] * steps, marks=marks
     )
     expected = {"layers": list(range(layers)), "seq_lens": list(s.seq_lens), "pages_read": s.read.sum(-1).tolist()}
-    for path in (drawn, plot_layers(s, tmp_path / "b.png", marks=marks)):
-        assert numbers(path) == expected | {"marks": marks}
+    shares = {
+        "median page": np.nanmedian(s.shares(), axis=1).tolist(),
+        "90th percentile": np.nanquantile(s.shares(), 0.9, axis=1).tolist(),
+        "here": s.shares()[:, 0].tolist(),
+    }
+    assert numbers(drawn) == expected | {"marks": marks, "shares": shares}
+    assert numbers(plot_layers(s, tmp_path / "b.png", marks=marks)) == expected | {"marks": marks}
+    assert numbers(plot_selection(s, tmp_path / "c.png")) == expected | {"marks": {}, "shares": {}}

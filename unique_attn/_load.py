@@ -1,8 +1,8 @@
 """Find the operator library and load it into PyTorch.
 
 The library, ``unique_attn/lib/libunique_attn.so``, holds every kernel and every ``torch.ops.unique_attn``
-operator. It is built on LibTorch's stable ABI and has no Python in it, so one file serves every torch from
-2.10 on, with or without CUDA.
+operator, and no Python. It targets LibTorch's stable ABI as of torch 2.10, with or without CUDA; it was run with
+2.11.0+cu130 and 2.13.0.
 """
 
 from __future__ import annotations

@@ -82,12 +82,12 @@ class UniqueConfig(CheckedConfig):
 
     @property
     def num_pages(self) -> int:
-        """Pages that a query reads, k in the paper: ``budget // page_size``."""
+        """``budget // page_size``, the pages that a query reads (k in the paper)."""
         return self.budget // self.page_size
 
     @property
     def spread_weight(self) -> float:
-        """The rule's weight of a page's spread: ``lambda_`` or ``c``; a rule's default if it has no field here."""
+        """``lambda_`` or ``c``, the rule's weight of a page's spread; a rule's default if it has no field here."""
         info = RULES[self.rule]
         return float(getattr(self, info.weight_name, info.weight)) if info.weight_name else info.weight
 

@@ -70,8 +70,8 @@ def decode_index(
         head_dim: D; needed for a compressed index.
 
     Returns:
-        ``mean``: ``(mean,)``; ``unique``: ``(mean, std)`` with ``std`` ``[num_blocks, H, pages_per_block]``;
-        ``directional``: ``(mean, std)`` with ``std`` per channel; ``minmax``: ``(max, min)``. Vectors are
+        ``(mean,)`` for ``mean``; ``(mean, std)`` with ``std`` ``[num_blocks, H, pages_per_block]`` for ``unique``, and
+        with ``std`` per channel for ``directional``; ``(max, min)`` for ``minmax``. Vectors are
         ``[num_blocks, H, pages_per_block, D]``. Views of an exact index in ``dtype``; of a compressed one
         fp32 copies, of its scalar fp64. Of another rule its vectors, then its scalar if it has one.
 

@@ -43,7 +43,7 @@ class OutOfStepError(RuntimeError):
 
 
 class SharedPool(PagePool):
-    """A :class:`PagePool` whose blocks several threads may use, each under the lock (:meth:`LayerPages.exclusive`)."""
+    """A :class:`.PagePool` whose blocks several threads may use, each under the lock (:meth:`LayerPages.exclusive`)."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(num_blocks=num_blocks, block_size=block_size)
@@ -76,7 +76,7 @@ class _DeviceTables:
 
 
 class PagedTable:
-    """The sequences of one cache in a :class:`PagePool`: which block holds which token, for all layers at once.
+    """The sequences of one cache in a :class:`.PagePool`: which block holds which token, for all layers at once.
 
     The layers of a model all go through the same operations, one layer after the other. The first layer to
     reach an operation has it carried out here, with the copies of blocks that it takes in the storage of every layer;

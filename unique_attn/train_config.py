@@ -37,8 +37,7 @@ class TrainConfig(CheckedConfig):
         mode: mask of the attention at the start: ``soft`` (gates), ``hard`` (the selected pages only, as in decoding)
             or ``dense``.
         tau: temperature of the gates at the start, positive, in score units (raw q . k). Of 1, 4 and 16 the
-            default retrieved best on SmolLM2-135M, where it is about a quarter of the standard deviation of a query's
-            scores over its candidates; with other spreads, start from that share.
+            default retrieved best on SmolLM2-135M-Instruct; scores of other models have other scales.
         tau_end: temperature at the end of the schedule, positive; for every schedule but ``constant``.
         schedule: way from ``tau`` to ``tau_end``: ``constant``, ``linear``, ``cosine`` (half a period) or
             ``exponential`` (a constant factor per step). It ends where the mode becomes hard, else with the training.

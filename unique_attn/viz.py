@@ -1,8 +1,9 @@
 """Pictures of what page-sparse decoding reads, drawn from recorded selections.
 
 :class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
-:func:`plot_selection` draws them in one figure (by step above, by layer and head below), :func:`plot_layers` draws
-every single choice, one panel a layer. Needs matplotlib; the rest of the package imports this module only to draw.
+:func:`plot_selection` draws them in one figure (how many heads read the pages that matter, then maps by step and by
+layer and head), :func:`plot_layers` draws every single choice, one panel a layer. Needs matplotlib; the rest of the
+package imports this module only to draw.
 """
 
 from __future__ import annotations
@@ -73,8 +74,20 @@ class Selections:
 
     @property
     def tokens(self) -> int:
-        """Length of the position axis: the tokens that the pages cover."""
+        """Length of the position axis, that is the tokens that the pages cover."""
         return int(self.read.shape[-1] * self.page_size)
+
+    def shares(self) -> np.ndarray:
+        """How much of the model read each page.
+
+        Returns:
+            float64 ``[steps, pages]``: the share, 0 to 1, of the pairs of layer and KV head; NaN for pages that began
+            after the step.
+        """
+        shares = self.read.mean((1, 2))
+        for step, length in enumerate(self.seq_lens):
+            shares[step, -(-length // self.page_size) :] = np.nan
+        return shares
 
     def numbers(self) -> dict[str, Any]:
         """What a picture shows, as far as numbers can say it: how many pages were read, by step, layer and head."""
@@ -140,6 +153,39 @@ def _bar(figure: Any, image: Any, box: Sequence[float], label: str) -> None:
     bar.set_label(label, fontsize=8.5, color=INK)
 
 
+def _shares(ax: Any, selections: Selections, marks: Mapping[str, int], labels: Sequence[str]) -> dict[str, Any]:
+    """Lines over the steps: the share of the heads that read each marked page, and below them the pages as a whole.
+
+    Returns:
+        What is drawn: each line by name.
+    """
+    shares = selections.shares()
+    steps = range(len(shares))
+    low, median, high = np.nanquantile(shares, (0.1, 0.5, 0.9), axis=1)
+    lines = {name: shares[:, position // selections.page_size] for name, position in marks.items()}
+    ax.fill_between(steps, low, high, color=RAMP[1], linewidth=0)
+    ax.plot(steps, median, color=RAMP[3], linewidth=2)
+    shown: dict[str, Any] = {"textcoords": "offset points", "fontsize": 10, "annotation_clip": False}
+    for name, values in lines.items():
+        ax.plot(steps, values, color=ACCENT, linewidth=2.4, marker="o", markersize=5)
+        top = int(np.nanargmax(values))
+        ax.annotate(f"page of {name}", (top, values[top]), xytext=(0, 8), ha="center", color=ACCENT, **shown)
+    for name, values, color in (("median page", median, RAMP[3]), ("90th percentile\nof all pages", high, MUTED)):
+        ax.annotate(name, (steps[-1], values[-1]), xytext=(9, 0), va="center", color=color, **shown)
+    ax.set_ylim(0, 1.2 * max(high.max(), *(np.nanmax(values) for values in lines.values())))
+    ax.set_xlim(-0.3, len(shares) - 0.7)
+    every = max(1, -(-len(shares) // 24))
+    ax.set_xticks(range(0, len(shares), every), labels[::every])
+    ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.grid(axis="y", color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    return {
+        "median page": median.tolist(),
+        "90th percentile": high.tolist(),
+        **{name: values.tolist() for name, values in lines.items()},
+    }
+
+
 def plot_selection(
     selections: Selections,
     path: str | Path,
@@ -149,39 +195,43 @@ def plot_selection(
     step_labels: Sequence[str] | None = None,
     marks: Mapping[str, int] | None = None,
 ) -> Path:
-    """Draw the selections by step (above) and by layer and head (below) over the token positions.
+    """Draw the selections over the token positions, by step and below that by layer and head.
+
+    With ``marks``, a panel on top shows how many heads read the marked pages in each step, beside what they read of the
+    other pages: the median, and a band from the 10th to the 90th percentile of all pages.
 
     Args:
         selections: what was read.
         path: where the PNG goes; its folder is made.
         title, subtitle: above the picture.
         step_labels: a name for each step, such as the generated token.
-        marks: positions to point at, by name, such as where the answer stands.
+        marks: positions to point at (in tokens, all in pages of ``selections``), by name, such as "the answer".
 
     Returns:
         ``path``.
     """
     plt = pyplot()
-    read = selections.read
+    read, marks = selections.read, marks or {}
     steps, layers, heads, _ = read.shape
     rows = layers * heads
-    by_step = read.reshape(steps, rows, -1).mean(1)
+    by_step = np.nan_to_num(selections.shares())
     by_head = read.mean(0).reshape(rows, -1)
+    labels = list(step_labels) if step_labels is not None else [str(i + 1) for i in range(steps)]
 
-    top, bottom = max(1.4, 0.145 * steps), max(2.6, 0.078 * rows)
-    height = top + bottom + 2.4
-    figure = plt.figure(figsize=(13, height), facecolor=PAPER)
-    left, width = 0.085, 0.82
-    y_bottom = 0.62 / height
-    y_top = y_bottom + (bottom + 0.5) / height
-    ax_step = figure.add_axes((left, y_top, width, top / height))
-    ax_head = figure.add_axes((left, y_bottom, width, bottom / height), sharex=ax_step)
+    # Inches, from the top: heading, panel of the marked pages, both maps, the axis of positions.
+    follow, top, bottom = 2.3 if marks else 0.0, max(1.2, 0.16 * steps), max(2.2, 0.05 * rows)
+    head, gap, foot = 1.15, 0.75, 0.62
+    height = head + (follow + gap if marks else 0.0) + top + gap + bottom + foot
+    figure = plt.figure(figsize=(10.5, height), facecolor=PAPER)
+    left, width = 0.1, 0.775
+    y_step = foot + bottom + gap
+    ax_step = figure.add_axes((left, y_step / height, width, top / height))
+    ax_head = figure.add_axes((left, foot / height, width, bottom / height), sharex=ax_step)
 
     extent = (0, selections.tokens)
     shading: dict[str, Any] = {"aspect": "auto", "cmap": _ramp(), "norm": _norm(), "interpolation": "nearest"}
     image = ax_step.imshow(by_step, extent=(*extent, steps, 0), **shading)
     ax_head.imshow(by_head, extent=(*extent, rows, 0), **shading)
-    labels = list(step_labels) if step_labels is not None else [str(i + 1) for i in range(steps)]
     every = max(1, -(-steps // 48))
     ax_step.set_yticks([i + 0.5 for i in range(0, steps, every)], labels[::every])
     ax_step.set_ylabel("decode step", fontsize=9, color=INK)
@@ -191,23 +241,27 @@ def plot_selection(
     ax_head.set_yticks([(i + 0.5) * heads for i in shown], [str(selections.layers[i]) for i in shown])
     ax_head.set_ylabel(f"layer ({heads} KV heads each)", fontsize=9, color=INK)
     ax_head.set_xlabel(f"position in the context (tokens; one page is {selections.page_size})", fontsize=9, color=INK)
-    for ax in (ax_step, ax_head):
-        style(ax)
-    for layer in range(1, layers):
-        ax_head.axhline(layer * heads, color=PAPER, linewidth=0.7)
-    _mark((ax_step, ax_head), marks or {})
-
-    x_bar = left + width + 0.02
-    _bar(figure, image, (x_bar, y_bottom, 0.012, bottom / height), "share that read the page")
     captions = {
-        ax_step: f"By step: share of the {rows} pairs of layer and KV head",
-        ax_head: f"By layer and KV head: share of the {steps} steps",
+        ax_step: f"Which pages, by step: share of the {rows} heads",
+        ax_head: f"Which pages, by layer and KV head: share of the {steps} steps",
     }
+    shares: dict[str, Any] = {}
+    if marks:
+        box = (left, (y_step + top + gap) / height, width, follow / height)
+        ax_share = figure.add_axes(box)
+        shares = _shares(ax_share, selections, marks, labels)
+        captions[ax_share] = f"How many of the {rows} heads (layers x KV heads) read a page, by step"
     for ax, caption in captions.items():
-        ax.set_title(caption, loc="left", fontsize=10, color=INK, pad=8)
-    figure.text(left, 1 - 0.32 / height, title, fontsize=15, color=INK, weight="bold", va="top")
-    figure.text(left, 1 - 0.63 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
-    return save(figure, path, selections.numbers() | {"marks": marks or {}})
+        style(ax)
+        ax.set_title(caption, loc="left", fontsize=11, color=INK, pad=8)
+    for layer in range(1, layers):
+        ax_head.axhline(layer * heads, color=PAPER, linewidth=0.5)
+    _mark((ax_step, ax_head), marks)
+
+    _bar(figure, image, (left + width + 0.02, foot / height, 0.014, bottom / height), "share that read the page")
+    figure.text(left, 1 - 0.28 / height, title, fontsize=15, color=INK, weight="bold", va="top")
+    figure.text(left, 1 - 0.59 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
+    return save(figure, path, selections.numbers() | {"marks": marks, "shares": shares})
 
 
 def plot_layers(

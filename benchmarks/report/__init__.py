@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import charts, families, headline, pages, plots, quality, summary, tables, training
+from benchmarks.report import charts, families, finetune, headline, pages, plots, quality, summary, tables, training
 from examples.support.results import ROOT
 
 
@@ -30,9 +30,11 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What goes between which markers; empty where there is no result."""
     return {
         "headline": headline.block(results),
-        "results": summary.block(results),
+        "demo results": summary.demo(results),
+        "decode results cpu": summary.decode(results),
         "training results": training.block(results),
         "index quality results": quality.block(results),
+        "finetune results": finetune.block(results),
         "families": families.block(results),
         **tables.blocks(results),
     }
@@ -44,7 +46,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    return [path for part in (training, charts, quality) for path in part.draw(results, folder)]
+    return [path for part in (headline, training, charts, quality, finetune) for path in part.draw(results, folder)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,15 @@
-"""What a reader is told first: the most and the least that a decode step gains, by the default rule."""
+"""What a reader is told first: the most and the least that a decode step gains, by the default rule, in a table and in
+a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.report import plots
 from benchmarks.report.tables import Result, cases_of, measured, ms, tokens
 from examples.support.results import markdown
 
@@ -14,21 +17,29 @@ SETTINGS = {"rule": "directional", "page_size": 8, "budget": 512}
 MODEL = [{"batch": 80, "context": 32768}, {"batch": 1, "context": 32768}]  # shapes, of one result
 LAYER = [{"batch": 80, "context": 32768}, {"batch": 1, "context": 8192}]
 LAYER_SETTINGS = {**SETTINGS, "head_dim": 128, "index_format": "compressed"}
-
+FIGURE = "model_speed.png"
+BATCHES = (80, 1)  # of the picture
+INDEXES = {"unique_compressed": "compressed index", "unique_exact": "exact index"}
 
 Row = tuple[str, float, float]  # what ran, milliseconds of dense and of page-sparse attention
 
 
 def _models(results: Sequence[Result]) -> list[Row]:
-    """Steps of a compiled model, of the first GPU that there is a result of."""
+    """Steps of a compiled model."""
+    found: list[Row] = []
+    for case in _wanted(_model_cases(results), SETTINGS, MODEL):
+        if "unique_compressed" in case["best"]:
+            dense, ours = (case["sides"][case["best"][name]] for name in (case["peer"], "unique_compressed"))
+            what = f"whole model of {case['options']['layers']} layers"
+            found.append((_name(what, case, found), dense["median_ms"], ours["median_ms"]))
+    return found
+
+
+def _model_cases(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Shapes of a compiled model that were timed against a dense side, of the first GPU that there is a result of."""
     for result in results:
         cases = cases_of(result) if result["bench"] == "model" and result["environment"]["device"] != "cpu" else []
-        found: list[Row] = []
-        for case in _wanted(cases, SETTINGS, MODEL):
-            if case.get("compiled") and "unique_compressed" in case["best"] and case["peer"]:
-                dense, ours = (case["sides"][case["best"][name]] for name in (case["peer"], "unique_compressed"))
-                what = f"whole model of {case['options']['layers']} layers"
-                found.append((_name(what, case, found), dense["median_ms"], ours["median_ms"]))
+        found = [case for case in cases if case.get("compiled") and case.get("best") and case["peer"]]
         if found:
             return found
     return []
@@ -66,3 +77,28 @@ def block(results: Sequence[Result]) -> str:
     ]
     head = ["one decode step, 512 tokens read", "dense", "page-sparse, compressed index", "faster"]
     return markdown(pd.DataFrame(rows, columns=head)) if rows else ""
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draw how many times faster a step of the compiled model is than its fastest dense side, against the context.
+
+    Raises:
+        ImportError: there is something to draw, but no matplotlib.
+    """
+    cases = [case for case in _model_cases(results) if SETTINGS.items() <= case["options"].items()]
+    lines: dict[str, dict[int, float]] = {}
+    for batch in BATCHES:
+        for side, name in INDEXES.items():
+            found = {c["options"]["context"]: c for c in cases if c["options"]["batch"] == batch and side in c["best"]}
+            if len(found) > 1:
+                line = {context: case["speedups"][side][case["peer"]] for context, case in sorted(found.items())}
+                lines[f"batch {batch}, {name}"] = line
+    if not lines:
+        return []
+    o = cases[0]["options"]
+    subtitle = (
+        f"{cases[0]['environment']['device']}; {o['layers']} layers, {o['heads']} heads, D={o['head_dim']}, "
+        f"{o['dtype']}; a step reads {o['budget']} tokens per KV head"
+    )
+    title = "How many times faster a whole model decodes"
+    return [plots.plot_speedups(lines, folder / FIGURE, title=title, subtitle=subtitle)]

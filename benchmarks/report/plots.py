@@ -87,6 +87,45 @@ def plot_lengths(
     return _save(figure, names, path, {"subtitle": subtitle, "lengths": lengths, "lines": lines})
 
 
+def plot_speedups(
+    lines: Mapping[str, Mapping[int, float]], path: str | Path, *, title: str, subtitle: str = ""
+) -> Path:
+    """Draw how many times faster something is against sequence lengths, with the names of the lines at their ends.
+
+    Args:
+        lines: by name, tokens (ascending) and the factor there.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+
+    Returns:
+        ``path``.
+    """
+    figure, ax = _axes(title, subtitle, "tokens in the context", "times faster than the fastest dense attention")
+    lengths = sorted({length for line in lines.values() for length in line})
+    highest = max(factor for line in lines.values() for factor in line.values())
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(lengths[0] / 1.15, lengths[-1] * 3.6)  # room for the names
+    ax.set_ylim(0, 1.08 * highest)
+    ax.axhline(1, color=viz.MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    style: dict[str, Any] = {"textcoords": "offset points", "zorder": 3}
+    style["bbox"] = {"facecolor": viz.PAPER, "edgecolor": "none", "pad": 1}
+    ax.annotate("as fast as dense", (lengths[0], 1), xytext=(0, -6), va="top", fontsize=10, color=viz.MUTED, **style)
+    place = -math.inf  # of the name before, in the unit of the factors
+    ends = [(*list(line.items())[-1], name, color) for (name, line), color in zip(lines.items(), viz.HEADS)]
+    for length, factor, name, color in sorted(ends, key=lambda end: end[1]):
+        line = lines[name]
+        ax.plot(list(line), list(line.values()), color=color, marker="o", markersize=6, linewidth=2.4)
+        place = max(factor, place + 0.06 * highest)
+        text = f"{name}: {factor:.1f}x"
+        ax.annotate(text, (length, place), xytext=(10, 0), va="center", fontsize=11.5, color=color, **style)
+    ax.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter("{x:g}x")
+    ax.tick_params(labelsize=10)
+    return viz.save(figure, path, {"subtitle": subtitle, "lines": lines})
+
+
 def plot_tradeoff(
     lines: Mapping[str, Sequence[tuple[float, float, str]]],
     path: str | Path,

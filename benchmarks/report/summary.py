@@ -1,4 +1,4 @@
-"""The results that the README begins with: the demo, and a decode step on a CPU."""
+"""The tables of a CPU: what the demo printed, and a decode step of one layer."""
 
 from __future__ import annotations
 
@@ -60,20 +60,23 @@ def _each(sides: Sequence[dict[str, Any]], key: str, form: str) -> list[str]:
     return [format(side[key], form) for side in sides]
 
 
-def block(results: Sequence[dict[str, Any]]) -> str:
-    """The block ``results``."""
-    demos = [r for r in results if r["bench"] == "demo"]
-    decodes = [
+def demo(results: Sequence[dict[str, Any]]) -> str:
+    """The block ``demo results``."""
+    return "\n".join(demo_table(result) for result in results if result["bench"] == "demo")
+
+
+def decode(results: Sequence[dict[str, Any]]) -> str:
+    """The block ``decode results cpu``."""
+    cases = [
         case
         for r in results
         if r["bench"] == "decode" and r["environment"]["device"] == "cpu"
         for case in tables.cases_of(r)
         if "median_ms" in case.get("sdpa", {}) and "median_ms" in case["unique_decode"]
     ]
-    parts = [demo_table(result) for result in demos]
-    if decodes:
-        parts.append(
-            "`python -m benchmarks decode`, medians with cold caches; SDPA is the fastest of the ways to call it:\n\n"
-            + decode_table(decodes)
-        )
-    return "\n".join(parts)
+    if not cases:
+        return ""
+    return (
+        "`python -m benchmarks decode`, medians with cold caches; SDPA is the fastest of the ways to call it:\n\n"
+        + decode_table(cases)
+    )

@@ -61,8 +61,25 @@ def table(result: dict[str, Any]) -> str:
     return markdown(pd.DataFrame(lines, columns=head))
 
 
+SHOWN = {  # metric: what its panel is called
+    "perplexity": "Perplexity of held-out prose (lower is better)",
+    "retrieval": "Right answers, % (document prefilled)",
+}
+LABELS = {
+    "trained densely": "trained densely",
+    "trained soft": "trained with\nthe soft mask",
+    "trained hard": "trained with\nthe hard mask",
+}
+
+
+def _label(name: str) -> str:
+    """A variant under its bars."""
+    how, _, rest = name.partition(", ")
+    return LABELS.get(how, how) + (f"\n({rest})" if rest else "")
+
+
 def plot(result: dict[str, Any], path: str | Path) -> Path:
-    """Draw the summary, a panel a metric: bars are means, dots are seeds.
+    """Draw what matters of the summary, a panel a metric: bars are means, dots are seeds.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -72,11 +89,11 @@ def plot(result: dict[str, Any], path: str | Path) -> Path:
     plt = viz.pyplot()
     names = list(result["summary"])
     runs = [(variant(run["train"]), run) for run in result["runs"]]
-    shown = ["perplexity", "retrieval", "retrieval_decoded"]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.3 * len(shown), 4.4), facecolor=viz.PAPER)
+    width = max(9.0, 1.5 * len(SHOWN) * len(names))
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(width, 4.6), facecolor=viz.PAPER)
     colors = {"dense": viz.RAMP[2], "sparse": viz.RAMP[4]}
-    for ax, metric in zip(axes, shown):
-        title, form, factor = METRICS[metric]
+    for ax, (metric, title) in zip(axes, SHOWN.items()):
+        _, form, factor = METRICS[metric]
         for place, name in enumerate(names):
             for offset, side in ((-0.2, "dense"), (0.2, "sparse")):
                 mean = factor * result["summary"][name][side][metric]["mean"]
@@ -85,19 +102,21 @@ def plot(result: dict[str, Any], path: str | Path) -> Path:
                 if len(seeds) > 1:
                     ax.plot([place + offset] * len(seeds), seeds, "o", color=viz.ACCENT, markersize=3)
                 ax.annotate(
-                    f"{mean:{form}}", (place + offset, max([mean, *seeds])), xytext=(0, 3), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=8, color=viz.INK,
+                    f"{mean:{form}}", (place + offset, max([mean, *seeds])), xytext=(0, 4), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=10, color=viz.INK,
                 )  # fmt: skip
         viz.style(ax)
-        ax.set_title(title, loc="left", fontsize=10, color=viz.INK)
-        ax.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+        ax.set_title(title, loc="left", fontsize=11.5, color=viz.INK, pad=16)
+        ax.set_yticks([])  # the numbers are on the bars
+        ax.set_xticks(range(len(names)), map(_label, names), fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    labels = ["decodes densely", f"decodes with a budget of {result['settings']['budget']} tokens"]
-    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=9, labelcolor=viz.INK)
-    o, count = result["options"], len(result["options"]["seeds"])
-    note = f"{result['model']}, {o['length']} tokens, {o['steps']} steps of {o['batch']} sequences, {o['method']}"
-    note += f", {count} seeds (dots)" if count > 1 else ""
-    figure.text(0.02, 0.97, "Fine-tuning for a small budget", fontsize=14, color=viz.INK, weight="bold", va="top")
-    figure.text(0.02, 0.905, note, fontsize=9, color=viz.MUTED, va="top")
-    figure.tight_layout(rect=(0, 0.06, 1, 0.88))
+    o, budget, count = result["options"], result["settings"]["budget"], len(result["options"]["seeds"])
+    labels = ["decodes densely", f"decodes page-sparse, {budget} of {o['length']:,} tokens"]
+    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=10.5, labelcolor=viz.INK)
+    method = {"full": "all weights", "lora": "LoRA"}[o["method"]]
+    note = f"{result['model']}; trained on {o['steps']} x {o['batch']} sequences, {method}"
+    note += f", means of {count} seeds (dots)" if count > 1 else ""
+    figure.text(0.02, 0.97, "Quality before and after fine-tuning", fontsize=15, color=viz.INK, weight="bold", va="top")
+    figure.text(0.02, 0.895, note, fontsize=9.5, color=viz.MUTED, va="top")
+    figure.tight_layout(rect=(0, 0.07, 1, 0.87), w_pad=3)
     return viz.save(figure, path, {"note": note, "summary": result["summary"]})

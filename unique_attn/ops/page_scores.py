@@ -39,7 +39,7 @@ def page_scores(
         index_format: ``exact`` or ``compressed``, what the index was made with.
 
     Returns:
-        ``[B, T, H, P]`` with ``P = max_blocks * pages_per_block``: bf16 for bf16 and fp16 queries, fp32 for fp32,
+        ``[B, T, H, P]`` with ``P = max_blocks * pages_per_block``; bf16 for bf16 and fp16 queries, fp32 for fp32,
         fp64 for fp64. Accumulated in fp32 (fp64). Pages a query does not see hold -inf.
 
     Raises:
