@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from op_cases import (
     DEVICES,
     DTYPES,
+    DESIGN_INDEXES,
     INDEXES,
     Case,
     Spec,
@@ -154,7 +155,7 @@ def test_a_bad_page_does_not_touch_the_others(device: str, rule: str, index_form
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+@pytest.mark.parametrize(("rule", "index_format"), DESIGN_INDEXES)
 @pytest.mark.parametrize("size", [1.0, 1e3, 5e3, 1e4, 3e4])
 def test_large_fp16_keys_select_as_fp32_entries_do(device: str, rule: str, index_format: str, size: float) -> None:
     """Scores of fp16 inputs are finite, and order the pages as those of fp32 do up to the rounding of their key: 2^-8,

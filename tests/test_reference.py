@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import RULES, Case, Spec, build, examples, specs
+from op_cases import DESIGN_RULES, RULES, Case, Spec, build, examples, specs
 from torch import Tensor
 
 from unique_attn import reference
@@ -107,7 +107,7 @@ def test_scores_are_the_equations_of_the_design() -> None:
     random = torch.Generator().manual_seed(1)
     keys = torch.randn(3, 4, 6, dtype=torch.float64, generator=random)  # three pages of four keys
     q = torch.randn(2, 6, dtype=torch.float64, generator=random)
-    for rule in RULES:
+    for rule in DESIGN_RULES:
         scores = reference.rule_score(q, reference.page_entry(keys, rule), rule, 0.75)
         for g in range(2):
             for p in range(3):
