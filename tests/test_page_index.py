@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
-    DEVICES,
     DESIGN_INDEXES,
+    DEVICES,
     INDEXES,
     PAGE_SIZES,
     Case,

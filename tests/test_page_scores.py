@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
+    DESIGN_INDEXES,
     DEVICES,
     DTYPES,
-    DESIGN_INDEXES,
     INDEXES,
     Case,
     Spec,
