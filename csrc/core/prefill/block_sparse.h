@@ -48,9 +48,7 @@ UA_HD int query_block_slot(int cu_seqlen_q, int b, int block_q, int block) { ret
 UA_HD int num_query_block_slots(int total_queries, int batch, int block_q) { return total_queries / block_q + batch; }
 
 // Head of the mask that query head `head` uses.
-UA_HD int mask_head(const BlockSparseParams& p, int head) {
-  return static_cast<int>(int64_t{head} * p.num_mask_heads / p.num_q_heads);
-}
+UA_HD int mask_head(const BlockSparseParams& p, int head) { return head / (p.num_q_heads / p.num_mask_heads); }
 
 // Key blocks [0, end) that the queries up to `position` see, as far as a row of the mask reaches.
 UA_HD int visible_blocks(const BlockSparseParams& p, int position) {

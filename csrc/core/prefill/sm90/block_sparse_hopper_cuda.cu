@@ -17,7 +17,7 @@ constexpr int kKeyStages = 3;  // a stage's positions are read after its product
 constexpr int kValueStages = 2;
 constexpr int kMostWords = 1024;         // of a row of the mask: 2 million keys
 constexpr int kNowhere = INT32_MAX / 2;  // position of keys that nobody sees
-using Roles = WarpRoles<2, 40, 232>;
+using Roles = WarpRoles<2, 24, 240>;
 
 template <int D>
 struct Shared {
@@ -38,6 +38,9 @@ struct Maps {
 };
 
 #ifdef UA_HOPPER
+// A read that stays where it is: moved up to before the roles' branch, it would be run by both of them.
+__device__ __forceinline__ int read_once(const int& x) { return *const_cast<const volatile int*>(&x); }
+
 // The set bits of a row of the mask from its end, as halves of 64 keys.
 struct HalfWalk {
   const uint32_t* words;
@@ -109,9 +112,9 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
         count = __reduce_add_sync(kFullMask, count);
         if (threadIdx.x % kWarp == 0) shared.num_halves = count * halves;
       });
-  const int num_tiles = (shared.num_halves + 1) / 2;
 
   if (Roles::copies(warpgroup)) {
+    const int num_tiles = (read_once(shared.num_halves) + 1) / 2;
     if (Roles::one_copies() && num_tiles > 0) {
       barrier_expect(&shared.q_full, static_cast<int>(sizeof(shared.q)));
       for (int w = 0; w < 2; ++w) {
@@ -147,6 +150,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     return;
   }
 
+  const int num_tiles = (read_once(shared.num_halves) + 1) / 2;
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
   const int column = lane % 4 * 2;
