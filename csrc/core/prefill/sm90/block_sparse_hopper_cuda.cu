@@ -27,7 +27,8 @@ struct Shared {
   alignas(1024) char v[kValueStages][kTiles][kKeys * kSwizzleRow];
   alignas(16) uint32_t words[kMostWords];  // the blocks' row of the mask, as far as its queries see
   int first_key[kKeyStages][2];            // positions of a tile's halves
-  int num_halves;
+  // For each role: of one number the read would move to before their branch, where neither has its registers yet.
+  int num_halves[2];
   uint64_t q_full;
   StageBarriers<kKeyStages> keys;
   StageBarriers<kValueStages> values;
@@ -38,9 +39,6 @@ struct Maps {
 };
 
 #ifdef UA_HOPPER
-// A read that stays where it is: moved up to before the roles' branch, it would be run by both of them.
-__device__ __forceinline__ int read_once(const int& x) { return *const_cast<const volatile int*>(&x); }
-
 // The set bits of a row of the mask from its end, as halves of 64 keys.
 struct HalfWalk {
   const uint32_t* words;
@@ -110,11 +108,11 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
           count += __popc(word);
         }
         count = __reduce_add_sync(kFullMask, count);
-        if (threadIdx.x % kWarp == 0) shared.num_halves = count * halves;
+        if (threadIdx.x % kWarp < 2) shared.num_halves[threadIdx.x % kWarp] = count * halves;
       });
 
   if (Roles::copies(warpgroup)) {
-    const int num_tiles = (read_once(shared.num_halves) + 1) / 2;
+    const int num_tiles = (shared.num_halves[0] + 1) / 2;
     if (Roles::one_copies() && num_tiles > 0) {
       barrier_expect(&shared.q_full, static_cast<int>(sizeof(shared.q)));
       for (int w = 0; w < 2; ++w) {
@@ -150,7 +148,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     return;
   }
 
-  const int num_tiles = (read_once(shared.num_halves) + 1) / 2;
+  const int num_tiles = (shared.num_halves[1] + 1) / 2;
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
   const int column = lane % 4 * 2;
