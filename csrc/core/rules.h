@@ -4,13 +4,15 @@
 //     a, b of each channel (encode), and the number (total, of the sum of term)
 //   how a channel of a query meets one of an entry, in one or two sums                  kSums, accumulate
 //   how the sums become a score                                                         finish
-//   which kernels beside the general ones know it                                       kForm, kCompressible, kTrainable
-// Kernels are templates over the type, or look at these facts, and name no rule. A new rule is a type here with its place
-// in AllRules: the ops, their checks and messages, and Python's table (build_info) follow. index/format.h says how entries
-// are stored. Acc is a number or a SIMD vector of them (simd.h), so functions use only + * sqrt, comparisons and select.
+//   which kernels beside the general ones know it                                  kForm, kCompressible, kTrainable
+// Kernels are templates over the type, or look at these facts, and name no rule. A new rule is a type here with its
+// place in AllRules: the ops, their checks and messages, and Python's table (build_info) follow. index/format.h says
+// how entries are stored. Acc is a number or a SIMD vector of them (simd.h), so functions use only + * sqrt,
+// comparisons and select.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/types.h"
 
@@ -99,6 +101,9 @@ struct MeanAndSpread : RuleBase {
   }
 };
 
+// What kernels that only need q . a, of any rows, are written with.
+using DotProduct = MeanAndSpread<ScoreForm::kMean>;
+
 struct MeanRule : MeanAndSpread<ScoreForm::kMean> {
   static constexpr const char* kName = "mean";
 };
@@ -153,7 +158,9 @@ struct RuleTag {
 
 template <typename... RuleTs>
 struct RuleTable {
-  // Kernels for compressed entries and for training are written for the forms.
+  // Kernels that are written for a form know the family's functions, not a rule's own.
+  static_assert(((RuleTs::kForm == ScoreForm::kGeneral || std::is_base_of_v<MeanAndSpread<RuleTs::kForm>, RuleTs>) &&
+                 ...));
   static_assert((((!RuleTs::kCompressible && !RuleTs::kTrainable) || RuleTs::kForm != ScoreForm::kGeneral) && ...));
   static constexpr int kCount = sizeof...(RuleTs);
   static constexpr RuleFacts kFacts[] = {{RuleTs::kName, RuleTs::kWeightName, RuleTs::kWeight, RuleTs::kVectors,

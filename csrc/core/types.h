@@ -19,8 +19,8 @@ enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // A page-scoring rule, by its place in the table of rules.h.
 enum class Rule : int {};
 
-// How a rule makes a score of a query, the mean a of a page's keys, and what its entry says of their spread. Kernels that
-// are not written for any rule are written for these.
+// How a rule makes a score of a query, the mean a of a page's keys, and what its entry says of their spread. Kernels
+// that are not written for any rule are written for these.
 enum class ScoreForm : int {
   kMean,          // q . a
   kScalarSpread,  // q . a + weight * norm(q) * s, of one number s
@@ -69,8 +69,8 @@ struct IndexView {
 };
 
 // Where the tokens of each sequence are. Entries of `blocks` past a sequence's last token or before its window are
-// never read, so they may hold anything. Of the others the CPU's ops check that they exist. On CUDA nothing is read back
-// for that: there, what no block holds is neither read nor written, by the functions below.
+// never read, so they may hold anything. Of the others the CPU's ops check that they exist. On CUDA nothing is read
+// back for that: there, what no block holds is neither read nor written, by the functions below.
 struct PageTable {
   const int32_t* blocks;    // [B, max_blocks] physical block of each logical block
   const int32_t* seq_lens;  // [B] tokens in the cache, the query tokens included

@@ -48,18 +48,23 @@ const Tensor& given(const char* op, const char* name, const Tensor& tensor) {
   return tensor;
 }
 
-// "mean, unique or directional": the rules with a property.
+// "a, b or c".
+std::string choices(const std::vector<std::string>& names) {
+  std::string list;
+  for (size_t i = 0; i < names.size(); ++i) {
+    list += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + names[i];
+  }
+  return list;
+}
+
+// The rules with a property.
 template <typename Has>
 std::string rule_names(Has has) {
   std::vector<std::string> names;
   for (const RuleFacts& facts : AllRules::kFacts) {
     if (has(facts)) names.emplace_back(facts.name);
   }
-  std::string list;
-  for (size_t i = 0; i < names.size(); ++i) {
-    list += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + names[i];
-  }
-  return list;
+  return choices(names);
 }
 
 }  // namespace
@@ -167,7 +172,9 @@ void Arguments::head_dim(const char* name, int64_t head_dim) const {
 
 void Arguments::page_size(int64_t page_size) const {
   if (std::find(std::begin(kPageSizes), std::end(kPageSizes), page_size) == std::end(kPageSizes)) {
-    fail(op_, "page_size", "expected 4, 8, 16, 32 or 64, got ", page_size);
+    std::vector<std::string> sizes;
+    for (const int size : kPageSizes) sizes.push_back(std::to_string(size));
+    fail(op_, "page_size", "expected ", choices(sizes), ", got ", page_size);
   }
 }
 

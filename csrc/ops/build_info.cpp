@@ -2,6 +2,7 @@
 // JSON object. `python -m unique_attn info` shows it; unique_attn/rules.py has its tables from here.
 #include <torch/csrc/stable/library.h>
 
+#include <iomanip>
 #include <iterator>
 #include <sstream>
 #include <string>
@@ -26,7 +27,7 @@ const char* spread_name(ScoreForm form) {
 
 std::string rules_json() {
   std::ostringstream out;
-  out << std::boolalpha << '[';
+  out << std::boolalpha << std::setprecision(17) << '[';
   for (int i = 0; i < AllRules::kCount; ++i) {
     const RuleFacts& facts = AllRules::kFacts[i];
     out << (i ? ", " : "") << "{\"name\": \"" << facts.name << "\", \"id\": " << i << ", \"vectors\": " << facts.vectors

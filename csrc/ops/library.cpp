@@ -4,6 +4,7 @@
 #include "training.h"
 
 STABLE_TORCH_LIBRARY(unique_attn, m) {
+  // clang-format off
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "page_index(Tensor k_cache, Tensor(a!) index, Tensor block_table, Tensor start_lens, Tensor seq_lens, "
@@ -19,23 +20,21 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "int page_size, float scale, int window) -> (Tensor, Tensor)");
   m.def(
       "unique_decode(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
-      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, float "
-      "spread_weight, int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages) -> (Tensor, "
-      "Tensor, "
-      "Tensor)");
+      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, "
+      "float spread_weight, int sink_pages, int recent_pages, float scale, int window, "
+      "Tensor? budget_pages) -> (Tensor, Tensor, Tensor)");
   m.def(
       "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
       "float spread_weight, int sink_pages, int recent_pages) -> Tensor");
   m.def(
-      "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? "
-      "theta, "
-      "Tensor? tau, Tensor? pages, int page_size, int rule, float spread_weight, int sink_pages, int recent_pages, "
-      "float scale) -> (Tensor, Tensor)");
+      "soft_mask_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? index, "
+      "Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float spread_weight, int sink_pages, "
+      "int recent_pages, float scale) -> (Tensor, Tensor)");
   m.def(
-      "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-      "int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, int rule, float "
-      "spread_weight, "
-      "int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
+      "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, "
+      "int rule, float spread_weight, int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
+  // clang-format on
 }
 
 // One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.

@@ -46,8 +46,6 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
                      int64_t rule, double spread_weight, int64_t sink_pages, int64_t recent_pages) {
   constexpr const char* kOp = "page_boundary";
-  // Memory for the scores of one chunk of queries.
-  constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
   const Arguments args(kOp, "q", q);
   args.floating("q", q, 3);
   PageBoundaryParams p{};
@@ -84,8 +82,7 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
     const ScalarType key = score_type(q.scalar_type());
     const int64_t row_pages = boundary_row_pages(p.seqs.max_seqlen, p.seqs.page_size);
     const int64_t row_bytes = std::max<int64_t>(index.size(1) * row_pages * (key == ScalarType::Float ? 4 : 2), 1);
-    p.chunk_tokens =
-        static_cast<int>(std::clamp<int64_t>(kWorkspaceBytes / row_bytes, 64, std::max<int64_t>(q.size(0), 64)));
+    p.chunk_tokens = boundary_chunk_tokens(row_bytes, q.size(0));
     workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), row_pages}, key);
     p.workspace = workspace.data_ptr();
     if (p.form == ScoreForm::kVectorSpread && key != ScalarType::Float) {

@@ -9,8 +9,8 @@
 
 namespace unique_attn {
 
-// q, k or v [N, heads, D] of a packed batch. Tensors that repeat memory (strides of 0, from expand) are copied for CUDA:
-// tensor maps cannot describe them.
+// q, k or v [N, heads, D] of a packed batch. Tensors that repeat memory (strides of 0, from expand) are copied for
+// CUDA: tensor maps cannot describe them.
 TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, Tensor& keep);
 PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens, int64_t total_tokens,
                                  int64_t max_seqlen, int64_t page_size);

@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
     fail(kOp, k.has_value() ? "v" : "k", "expected k and v together or neither, got only ", k.has_value() ? "k" : "v");
   }
 
-  // All checks and allocations first, in the order the data flows; dtypes before them, as an index entry's size follows.
+  // All checks and allocations first, in the order the data flows; dtypes before them, as an index entry's size
+  // follows.
   args.floating("q", q, 4);
   args.floating("k_cache", k_cache, 4);
   PageScoresCall scoring =

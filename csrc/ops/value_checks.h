@@ -36,7 +36,8 @@ void check_slots(const char* op, const Tensor& slots, int64_t num_slots);
 void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen);
 // The temperature is a positive number.
 void check_tau(const char* op, const Tensor& tau);
-// Every row of `pages` has ascending pages of its sequence, then -1. A repeated one changes nothing; debug mode names it.
+// Every row of `pages` has ascending pages of its sequence, then -1. A repeated one changes nothing; debug mode names
+// it.
 void check_selection(const char* op, const Tensor& pages, int64_t page_end);
 
 }  // namespace unique_attn

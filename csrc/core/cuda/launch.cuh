@@ -10,8 +10,9 @@
 namespace unique_attn {
 
 // ---- Dependent launches ----
-// Their start overlaps the end of the kernel before (programmatic dependent launch, Hopper): thread blocks may start while
-// the other kernel's last ones run, and wait where they begin to use memory. docs/kernels.md has what a chain gains.
+// Their start overlaps the end of the kernel before (programmatic dependent launch, Hopper): thread blocks may start
+// while the other kernel's last ones run, and wait where they begin to use memory. docs/kernels.md has what a chain
+// gains.
 
 // First thing in a kernel that is launched by launch_dependent: everything before it in the stream is done and visible.
 // Its own successor may be brought in from here on; it will wait in the same place.
@@ -44,8 +45,8 @@ cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, s
 
 // ---- Grids with a sequence of the packed batch for every z ----
 
-// launch(first, count) for the sequences first .. first + count - 1, all of them in turn: a grid has no more than 65,535
-// thread blocks in z, and a packed batch may have more sequences.
+// launch(first, count) for the sequences first .. first + count - 1, all of them in turn: a grid has no more than
+// 65,535 thread blocks in z, and a packed batch may have more sequences.
 template <typename Launch>
 cudaError_t launch_sequences(int batch, const Launch& launch) {
   constexpr int kMostBlocks = 65535;

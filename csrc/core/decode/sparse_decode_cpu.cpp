@@ -162,8 +162,8 @@ class Attention {
   // One more chunk. Meanwhile the rows of the next one are prefetched: its keys while keys are read, then its values.
   void add_chunk(const TokenChunk<T>& chunk, const TokenChunk<T>& next) {
     empty = false;
-    sum_all_rows<MeanRule, T>(chunk.keys, chunk.count, q, group, stride, p.head_dim,
-                              Ahead<T>{next.keys, next.count, p.head_dim}, Sums<Acc>{&weights[0][0], kChunk, 0});
+    sum_all_rows<DotProduct, T>(chunk.keys, chunk.count, q, group, stride, p.head_dim,
+                                Ahead<T>{next.keys, next.count, p.head_dim}, Sums<Acc>{&weights[0][0], kChunk, 0});
     for (int g = 0; g < group; ++g) weigh(weights[g], chunk.count, g);
     Ahead<T> ahead{next.values, next.count, p.head_dim};
     for (int row = 0; row < group;) {  // in the steps of sum_all_rows

@@ -3,8 +3,8 @@
 //
 // What bounds it is how many bytes are in flight, so each warp works alone: it takes every 2nd or 4th 16 tokens of the
 // split and owns a ring of units in shared memory, one unit the keys or the values of 16 tokens, refilled by its own
-// copies as soon as it is used. Nothing in the loop waits for another warp. The places of the pages are looked up before
-// it, all at once. Warps have an online softmax each and are merged at the end, the splits by combine_splits.
+// copies as soon as it is used. Nothing in the loop waits for another warp. The places of the pages are looked up
+// before it, all at once. Warps have an online softmax each and are merged at the end, the splits by combine_splits.
 //
 // Tokens are the rows of the products and query heads their 8 or 16 columns: S^T = K q^T, then O^T += V^T P^T. A group
 // of at most 8 heads then wastes half of what it would as rows, and q stays in registers.
@@ -46,8 +46,8 @@ struct WarpResult {
   float m[kMaxGroup], l[kMaxGroup];
 };
 
-// Where 8 channels of a token lie in a unit. The exclusive or spreads the same channels of 8 tokens, which ldmatrix reads
-// at once, over all banks.
+// Where 8 channels of a token lie in a unit. The exclusive or spreads the same channels of 8 tokens, which ldmatrix
+// reads at once, over all banks.
 template <int DP>
 __device__ __forceinline__ int unit_offset(int token, int channels) {
   return token * DP + ((channels ^ (token & 7)) * 8);
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(Warps* kWarp)
   // A token is visible if its place after the first one is, as an unsigned number, less than this.
   const unsigned num_visible = end_token - tokens.first;
 
-  // q as the second operand of the products, zeros beyond head_dim. Columns beyond the group repeat its last head; their
-  // results are not used.
+  // q as the second operand of the products, zeros beyond head_dim. Columns beyond the group repeat its last head;
+  // their results are not used.
   unsigned q[DP / 16][NT][2];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(Warps* kWarp)
     const int num_units = (num_sixteens - warp + Warps - 1) / Warps * 2;
     const auto first_quad = [&](int unit) { return (warp + unit / 2 * Warps) * (kTokens / kQuad); };
 
-    // Keys (even) or values (odd) into a place of the ring. What may not be seen is not read: zeros stand in for it, and
-    // its weight is zero.
+    // Keys (even) or values (odd) into a place of the ring. What may not be seen is not read: zeros stand in for it,
+    // and its weight is zero.
     const auto copy = [&](int unit, int place) {
       const int values = unit % 2;
       const int64_t stride = (values ? p.v_cache : p.k_cache).stride_token;

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kMinSplitTokens = 32;  // below this the merge costs more than the split gains
 constexpr int kMaxSplits = 128;
-constexpr int kMaxScoreSteps = 8;  // rows of different lengths must still spread over the device
 
 }  // namespace
 
@@ -35,21 +34,6 @@ SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, i
 
 int plan_decode_warps(int64_t blocks, int tokens_per_split, int step_tokens, int multiprocessors) {
   return blocks <= 2 * int64_t{multiprocessors} && tokens_per_split > 2 * step_tokens ? 4 : 2;
-}
-
-int plan_score_chunk(int rows, int row_pages, int step, int slots) {
-  const int64_t steps = (row_pages + step - 1) / step;
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t n = 1; n <= std::min<int64_t>(steps, kMaxScoreSteps); ++n) {
-    const int64_t blocks = rows * ((steps + n - 1) / n);
-    const int64_t waves = (blocks + slots - 1) / slots;
-    const int64_t cost = waves * (n + 1);  // a thread block's start takes about a step
-    if (cost <= best_cost) {
-      best_cost = cost;
-      best = n;
-    }
-  }
-  return step * static_cast<int>(best);
 }
 
 }  // namespace unique_attn

@@ -16,15 +16,11 @@ struct SplitPlan {
 SplitPlan plan_sparse_decode(int batch, int num_query_tokens, int num_q_heads, int num_kv_heads, int head_dim, int k,
                              int page_size, int slots);
 
-// sparse_decode on tensor cores: warps of a thread block, 2 or 4. Four pay where the device has room for them and each has
-// more than one step of the loop, `step_tokens`.
+// sparse_decode on tensor cores: warps of a thread block, 2 or 4. Four pay where the device has room for them and each
+// has more than one step of the loop, `step_tokens`.
 int plan_decode_warps(int64_t blocks, int tokens_per_split, int step_tokens, int multiprocessors);
 
 // Heads of a group that one thread block of sparse_decode serves.
 int decode_head_tile(int group);
-
-// page_scores: pages per thread block, a multiple of `step`, for `rows` rows of scores on a device that holds `slots`
-// thread blocks at a time: the last ones to run shall leave few slots empty.
-int plan_score_chunk(int rows, int row_pages, int step, int slots);
 
 }  // namespace unique_attn

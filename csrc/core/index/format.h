@@ -1,27 +1,29 @@
 // How an index entry is stored: the one place that knows the bytes. An entry is what a rule's encode (rules.h) made of
-// the keys of one page and KV head; its size is a multiple of 16 bytes, and so is the offset of each of its parts at the
-// usual head dims (64, 128, 256).
+// the keys of one page and KV head; its size is a multiple of 16 bytes, and so is the offset of each of its parts at
+// the usual head dims (64, 128, 256).
 //
-// Exact:       vector a [D], vector b [D] (if the rule has it), the scalar in a 16-byte slot (if the rule has it), all in
-//              the keys' dtype. Means, bounds and standard deviations of channels are never larger than the largest key;
-//              the scalar of `unique` may be, by sqrt(D), and is at most the largest number of the dtype: as infinity it
-//              would make all pages equal.
+// Exact:       vector a [D], vector b [D] (if the rule has it), the scalar in a 16-byte slot (if the rule has it), all
+//              in the keys' dtype. Means, bounds and standard deviations of channels are never larger than the largest
+//              key; the scalar of `unique` may be, by sqrt(D), and is at most the largest number of the dtype: as
+//              infinity it would make all pages equal.
 // Compressed:  for groups of 16 neighbouring channels (32 if D > 64; the last group may be shorter):
 //                group scales [groups][4 bytes]   outlier fp16, step and spread as 8-bit floats
 //                means        [D][4 bits]         channel d in byte d / 2, even channels in the low half
 //                spreads      [D][2 bits]         `directional`; channel d in byte d / 4, from the low bits
 //              then zeros to a multiple of 16. 64 bytes at D = 64 and 112 at D = 128 for `directional`; no other state.
 //
-// A group's mean of largest magnitude, m0, is its outlier v: it has the code -8 and is kept in fp16. So it neither wastes
-// the codes of the others nor hides them, however large it is: models with a key bias have channels a hundred times as
-// large as the rest. The others are -7..7 times the step s. A channel that v fits better than its own multiple of s has
-// the code -8 as well. Spreads (standard deviations) are 2, 3 or 4 times the spread scale t, or, with code 0, the smaller
-// of t and s: where one channel spreads far more than the others, t says nothing about them, and s is their size.
+// A group's mean of largest magnitude, m0, is its outlier v: it has the code -8 and is kept in fp16. So it neither
+// wastes the codes of the others nor hides them, however large it is: models with a key bias have channels a hundred
+// times as large as the rest. The others are -7..7 times the step s. A channel that v fits better than its own multiple
+// of s has the code -8 as well. Spreads (standard deviations) are 2, 3 or 4 times the spread scale t, or, with code 0,
+// the smaller of t and s: where one channel spreads far more than the others, t says nothing about them, and s is their
+// size.
 //   v = fp16(m0), nearest even, at most 65504 in magnitude    s = E5M3(largest other |mean| / 7), nearest even
 //   t = E5M3(largest spread / 4), rounded up, so that none is cut; `unique` has one spread per group instead of codes,
 //       t = E5M3(sqrt(sum of the group's variances)), nearest even, and the page's std is sqrt(sum of t^2)
 //   code of a mean x = x / s rounded to nearest even, within -7..7 (0 if s = 0), or -8 if |x - v| < |x - code * s|
-//   code of a spread y = y / t rounded so, within 2..4, less 1 (0 if t = 0), or 0 if |y - min(s, t)| < |y - (code + 1) * t|
+//   code of a spread y = y / t rounded so, within 2..4, less 1 (0 if t = 0), or 0 if
+//       |y - min(s, t)| < |y - (code + 1) * t|
 // A group with a mean or spread that is no finite number has v = NaN, s = t = 0, -8 for every mean and 0 for every
 // spread. All of it is computed in fp32 from the statistics rounded to fp32; ties for m0 go to the lowest channel.
 #pragma once

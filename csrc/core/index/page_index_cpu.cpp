@@ -92,7 +92,8 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
         const int count = min_of(page_size, p.table.seq_lens[b] - page * page_size);
         if constexpr (kCompressed) {
           AccOf<T> statistics[2 * kMaxHeadDim];  // means, then standard deviations
-          encode_page<DirectionalRule>(keys_of(i, block), p.k_cache.stride_token, count, p.head_dim, statistics);
+          encode_page<MeanAndSpread<ScoreForm::kVectorSpread>>(keys_of(i, block), p.k_cache.stride_token, count,
+                                                               p.head_dim, statistics);
           compress_entry<RuleT>(statistics, statistics + p.head_dim, p.head_dim, entry);
         } else {
           encode_page<RuleT>(keys_of(i, block), p.k_cache.stride_token, count, p.head_dim, reinterpret_cast<T*>(entry));

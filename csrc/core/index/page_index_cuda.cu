@@ -32,8 +32,8 @@ __device__ __forceinline__ float group_sum(float x, int width) {
   return x;
 }
 
-// The compressed entry from one channel per thread; all threads of the block come here. A group of channels is a half or
-// a whole warp.
+// The compressed entry from one channel per thread; all threads of the block come here. A group of channels is a half
+// or a whole warp.
 template <typename RuleT>
 __device__ __forceinline__ void compress_entry(float mean, float std, int head_dim, uint8_t* entry) {
   constexpr bool kSpreads = RuleT::kVectors > 1;
@@ -74,7 +74,8 @@ __device__ __forceinline__ void compress_entry(float mean, float std, int head_d
 }
 
 // Writes one channel of the new tokens in [first, end), which lie in `block`, if there is one. Its thread reads it back
-// itself: there is nothing to wait for. Tokens are loaded before anything depends on the block, which is still on its way.
+// itself: there is nothing to wait for. Tokens are loaded before anything depends on the block, which is still on its
+// way.
 template <typename T>
 __device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, int head, int first, int end,
                                                int block) {

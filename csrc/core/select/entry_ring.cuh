@@ -1,6 +1,6 @@
-// Entries of the page index on their way to a warp: copied to shared memory by the warp itself (cp.async), a tile of pages
-// at a time and some tiles ahead, without a barrier of the thread block. Entries of neighbouring pages of a block lie
-// together in memory as a rule, so a tile is a few long pieces, each copied by an equal share of the lanes.
+// Entries of the page index on their way to a warp: copied to shared memory by the warp itself (cp.async), a tile of
+// pages at a time and some tiles ahead, without a barrier of the thread block. Entries of neighbouring pages of a block
+// lie together in memory as a rule, so a tile is a few long pieces, each copied by an equal share of the lanes.
 #pragma once
 
 #include <climits>
@@ -92,8 +92,8 @@ class EntryRing {
 
   static constexpr int kUnseen = INT_MIN;
 
-  // The block of this lane's piece of the tile to copy next, or kUnseen if nobody sees it; such blocks are not looked up:
-  // the table ends with the sequence, and what a window left behind may be gone.
+  // The block of this lane's piece of the tile to copy next, or kUnseen if nobody sees it; such blocks are not looked
+  // up: the table ends with the sequence, and what a window left behind may be gone.
   __device__ __forceinline__ void look_up() {
     physical_block_ = page_ > first_ && page_ < end_ ? table_[block_] : kUnseen;
     offset_ = within_ * stride_page_;

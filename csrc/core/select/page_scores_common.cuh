@@ -3,9 +3,9 @@
 
 #include "core/cuda/launch.cuh"
 #include "core/cuda/order_key.cuh"
-#include "core/decode/split_plan.h"
 #include "core/index/format.h"
 #include "core/select/page_scores.h"
+#include "core/select/score_plan.h"
 
 namespace unique_attn {
 

@@ -1,9 +1,9 @@
-// Page scores of 16-bit inputs on tensor cores, for every rule whose score is a form of products (not `minmax`: a query's 0
-// meets no infinite bound there, which a product does not know). A warp takes 16 or 32 pages at a time as the rows of products, and all heads
-// of a group (of as many query tokens as fit) as its columns, so that each index entry is read once. The sum over the
-// channels may run in any order that both sides share: a lane reads 16 bytes, 8 neighbouring channels, and these are
-// its part of two products of 16 channels. Copies of the next entries are under way while the present ones are
-// multiplied.
+// Page scores of 16-bit inputs on tensor cores, for every rule whose score is a form of products (not `minmax`: a
+// query's 0 meets no infinite bound there, which a product does not know). A warp takes 16 or 32 pages at a time as the
+// rows of products, and all heads of a group (of as many query tokens as fit) as its columns, so that each index entry
+// is read once. The sum over the channels may run in any order that both sides share: a lane reads 16 bytes, 8
+// neighbouring channels, and these are its part of two products of 16 channels. Copies of the next entries are under
+// way while the present ones are multiplied.
 //
 // Squares are rounded to bf16, whose range holds them, as in training: the sum over the channels errs by less than the
 // rounding of the score to the score type.
@@ -27,8 +27,8 @@ constexpr int kColumns = 8;  // query rows of a product
 template <int kSteps>
 constexpr int kMaxTiles = kSteps > 8 ? 2 : 8;
 
-// What a warp takes at a time. With these stages, no kernel needs more shared memory than every GPU of compute capability
-// 8 has.
+// What a warp takes at a time. With these stages, no kernel needs more shared memory than every GPU of compute
+// capability 8 has.
 template <typename Row, int kSteps, int kTiles>
 struct Cut {
   static constexpr int kProducts = kTiles > 1 ? 1 : Row::kProducts;  // one below the other
@@ -48,7 +48,8 @@ struct alignas(8 * kOperands<kForm>) Operands {
 };
 
 // Operands of the query rows: [tile of 8 rows, k-step, lane]. One tile is one token, whose heads meet in registers; the
-// scores of several tokens go through shared memory. Rows past the last one repeat the others, which changes no maximum.
+// scores of several tokens go through shared memory. Rows past the last one repeat the others, which changes no
+// maximum.
 template <ScoreForm kForm, int kSteps, int kTiles>
 struct alignas(16) Queries {
   static constexpr int kScores = kTiles > 1 ? kTiles * kColumns + 1 : 1;

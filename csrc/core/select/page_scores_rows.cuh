@@ -1,5 +1,5 @@
-// Entries of the page index as operands of page_scores' matrix products: what a lane reads of an entry in shared memory,
-// and how it becomes 16-bit numbers in registers.
+// Entries of the page index as operands of page_scores' matrix products: what a lane reads of an entry in shared
+// memory, and how it becomes 16-bit numbers in registers.
 #pragma once
 
 #include "core/cuda/mma.cuh"
@@ -41,10 +41,10 @@ __device__ __forceinline__ unsigned pick_bytes(unsigned low, unsigned high, unsi
   return x;
 }
 
-// A lane of a quad has kSteps * 4 channels of a page, in chunks of 8. `chunk_lane` says which; `pair(step, i)` is half i
-// (of two) of what the lane gives to a k-step, two channels, for a query in the same order (`query_words`). kProducts:
-// products of 16 pages that a warp does at a time for one query token. kResident: thread blocks that a multiprocessor must
-// hold, or registers would be spent on fewer.
+// A lane of a quad has kSteps * 4 channels of a page, in chunks of 8. `chunk_lane` says which; `pair(step, i)` is half
+// i (of two) of what the lane gives to a k-step, two channels, for a query in the same order (`query_words`).
+// kProducts: products of 16 pages that a warp does at a time for one query token. kResident: thread blocks that a
+// multiprocessor must hold, or registers would be spent on fewer.
 
 template <int kCount>
 __device__ __forceinline__ void load_words(unsigned (&words)[kCount], const void* source) {

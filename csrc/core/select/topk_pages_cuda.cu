@@ -1,9 +1,10 @@
-// Rows of a k that topk_stream does not take: one thread block per row. Radix select over order-preserving integer
-// keys (8 bits a round: two rounds for bf16, four for fp32) finds the k-th largest key; then every warp walks its own
+// Rows of a k that topk_stream does not take: one thread block per row. Radix select over order keys
+// (8 bits a round: two rounds for bf16, four for fp32) finds the k-th largest key; then every warp walks its own
 // stretch of the row and writes what is above it, and the lowest pages among those equal to it. No step depends on the
 // order in which threads run.
 #include "core/cuda/radix_select.cuh"
 #include "core/cuda/vec.cuh"
+#include "core/select/topk_plan.h"
 #include "core/select/topk_row.cuh"
 
 namespace unique_attn {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) topk_radix_kernel(const TopkPagesPar
 template <typename Score>
 cudaError_t launch(const TopkPagesParams& params, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(params.batch) * params.num_query_tokens * params.num_kv_heads;
-  if (params.row_pages <= 4096) {
+  if (plan_topk_radix(params.row_pages) == 256) {
     topk_radix_kernel<Score, 256><<<rows, 256, 0, stream>>>(params);
   } else {
     topk_radix_kernel<Score, 1024><<<rows, 1024, 0, stream>>>(params);

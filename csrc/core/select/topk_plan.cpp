@@ -20,4 +20,6 @@ StreamPlan plan_topk_stream(int k, int scores, bool is_16_bit, int64_t rows, int
   return {few_rows && !is_16_bit ? 1024 : 512, 8, 2, false};
 }
 
+int plan_topk_radix(int row_pages) { return row_pages <= 4096 ? 256 : 1024; }
+
 }  // namespace unique_attn

@@ -17,4 +17,7 @@ struct StreamPlan {
 // multiprocessors. A block takes k <= min(threads / 2, 2048 / (width * vectors)).
 StreamPlan plan_topk_stream(int k, int scores, bool is_16_bit, int64_t rows, int multiprocessors);
 
+// Threads of a block of the kernel that serves the other shapes, a block per row: 256 or 1024.
+int plan_topk_radix(int row_pages);
+
 }  // namespace unique_attn

@@ -36,7 +36,6 @@ __device__ __forceinline__ bool no_boundary(const Row& row, float& theta) {
 constexpr int kVectors = 16;                       // of 8 scores, per lane
 constexpr int kWarpScores = kVectors * 8 * kWarp;  // 4096
 constexpr int kInfinityKey = 0x7f80 | 0x8000;      // order key of +inf
-constexpr int kLowestKey = 0x007f;                 // and of -inf
 
 __device__ __forceinline__ __nv_bfloat162 both(unsigned key) {
   return __bfloat162bfloat162(__float2bfloat16_rn(key_score<__nv_bfloat16>(key)));
@@ -108,7 +107,8 @@ __global__ void __launch_bounds__(kWarp*(kTeam < 4 ? 4 : kTeam))
     }
     return found;
   };
-  unsigned low = kLowestKey, high = kInfinityKey;  // the largest key with at least `wanted` scores is in [low, high]
+  unsigned low = kLowestKey<__nv_bfloat16>,
+           high = kInfinityKey;  // the largest key with at least `wanted` scores is in [low, high]
   while (low < high) {
     const unsigned middle = (low + high + 1) / 2;
     if (at_least(middle) >= row.wanted) {
@@ -189,16 +189,23 @@ void launch_bisect(const PageBoundaryParams& p, int begin, int64_t rows, int row
 
 cudaError_t boundary_select_cuda(const PageBoundaryParams& p, int begin, int end, int row_pages, cudaStream_t stream) {
   const int64_t rows = int64_t{end - begin} * p.num_kv_heads;
-  if (p.dtype == DType::kFloat32) {
-    boundary_radix_kernel<float><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p, begin, row_pages);
-  } else if (row_pages <= kWarpScores) {
-    launch_bisect<1>(p, begin, rows, row_pages, stream);
-  } else if (row_pages <= 4 * kWarpScores) {
-    launch_bisect<4>(p, begin, rows, row_pages, stream);
-  } else if (row_pages <= 8 * kWarpScores) {
-    launch_bisect<8>(p, begin, rows, row_pages, stream);
-  } else {
-    boundary_radix_kernel<__nv_bfloat16><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p, begin, row_pages);
+  const auto blocks = static_cast<unsigned>(rows);
+  switch (plan_boundary_warps(row_pages, kWarpScores, p.dtype != DType::kFloat32)) {
+    case 1:
+      launch_bisect<1>(p, begin, rows, row_pages, stream);
+      break;
+    case 4:
+      launch_bisect<4>(p, begin, rows, row_pages, stream);
+      break;
+    case 8:
+      launch_bisect<8>(p, begin, rows, row_pages, stream);
+      break;
+    default:
+      if (p.dtype == DType::kFloat32) {
+        boundary_radix_kernel<float><<<blocks, kThreads, 0, stream>>>(p, begin, row_pages);
+      } else {
+        boundary_radix_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(p, begin, row_pages);
+      }
   }
   return cudaGetLastError();
 }

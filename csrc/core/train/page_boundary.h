@@ -38,6 +38,21 @@ inline int boundary_row_pages(int64_t max_seqlen, int page_size) {
   return static_cast<int>(((max_seqlen + page_size - 1) / page_size + 15) / 16 * 16);
 }
 
+// Queries of a chunk on CUDA whose scores, `row_bytes` bytes a query, fit in a bounded workspace.
+inline int boundary_chunk_tokens(int64_t row_bytes, int64_t total_tokens) {
+  constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
+  const int64_t most = total_tokens > 64 ? total_tokens : 64;
+  const int64_t fitting = kWorkspaceBytes / row_bytes;
+  return static_cast<int>(fitting < 64 ? 64 : fitting < most ? fitting : most);
+}
+
+// Warps that hold a row of scores in registers, `warp_scores` each: 1, 4 or 8, or 0 where the row is too long for them
+// or its scores have not 16 bits.
+inline int plan_boundary_warps(int row_pages, int warp_scores, bool is_16_bit) {
+  if (!is_16_bit || row_pages > 8 * warp_scores) return 0;
+  return row_pages <= warp_scores ? 1 : row_pages <= 4 * warp_scores ? 4 : 8;
+}
+
 void page_boundary_cpu(const PageBoundaryParams& params, const CpuExecutor& exec);
 
 // fp32, bf16 and fp16. Launches on `stream` and does not wait.

@@ -43,11 +43,11 @@ struct SoftMaskForwardParams {
   void* workspace;
 };
 
-// Gradients (DESIGN 3): theta and the query factor of the spread (norm(q), q_d^2) are constants, the maximum over the
-// group passes its gradient to the arg-max head (the lowest on ties), d log g / d s = (1 - g) / tau, and where the
-// variance vanishes the square root's gradient is 0. The entry's rounding to the keys' dtype passes gradients straight
-// through. dq comes from the logits and from q . mean; dk from the logits and, through every complete page's entry,
-// from mean and spread.
+// Gradients (UNIQUE section 4): theta and the query factor of the spread (norm(q), q_d^2) are constants, the maximum
+// over the group passes its gradient to the arg-max head (the lowest on ties), d log g / d s = (1 - g) / tau, and where
+// the variance vanishes the square root's gradient is 0. The entry's rounding to the keys' dtype passes gradients
+// straight through. dq comes from the logits and from q . mean; dk from the logits and, through every complete page's
+// entry, from mean and spread.
 struct SoftMaskBackwardParams {
   SoftMaskForwardParams forward;  // inputs, and out and lse as the forward pass left them
   const void* grad_out;           // [N, Hq, D] contiguous

@@ -79,8 +79,8 @@ class Backward {
     query.compute(position);
     widen_rows(static_cast<const T*>(b.grad_out) + first_row * p.head_dim, p.head_dim, group, p.head_dim, grad, stride);
     // d loss / d probability = grad_out . v_j
-    sum_all_rows<MeanRule, T>(query.values, count, grad, group, stride, p.head_dim, Ahead<T>{nullptr, 0, 0},
-                              Sums<Acc>{dp, query.row, 0});
+    sum_all_rows<DotProduct, T>(query.values, count, grad, group, stride, p.head_dim, Ahead<T>{nullptr, 0, 0},
+                                Sums<Acc>{dp, query.row, 0});
     clear(dq, int64_t{group} * stride);
     for (int page = query.range.first; page < query.range.end; ++page) d_gate[page] = Acc(0);
     for (int g = 0; g < group; ++g) {

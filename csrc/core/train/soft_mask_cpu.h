@@ -55,15 +55,15 @@ class QueryLogits {
     if (p.mode == MaskMode::kSoft) gates.enter(b, h);
   }
 
-  // logits[g * row + j] = scale * q . k_j + log gate for the keys j <= position. A hard gate of 0 hides the key, NaN and
-  // all: decoding does not read it.
+  // logits[g * row + j] = scale * q . k_j + log gate for the keys j <= position. A hard gate of 0 hides the key, NaN
+  // and all: decoding does not read it.
   void compute(int position) {
     const int64_t token = start + position;
     widen_rows(static_cast<const T*>(p.q) + token * p.q_stride_token + int64_t{head} * group * p.q_stride_head,
                p.q_stride_head, group, p.head_dim, q, stride);
     const int count = position + 1;
-    sum_all_rows<MeanRule, T>(keys, count, q, group, stride, p.head_dim, Ahead<T>{nullptr, 0, 0},
-                              Sums<Acc>{logits, row, 0});
+    sum_all_rows<DotProduct, T>(keys, count, q, group, stride, p.head_dim, Ahead<T>{nullptr, 0, 0},
+                                Sums<Acc>{logits, row, 0});
     range = p.mode == MaskMode::kDense ? PageRange{0, 0}
                                        : candidate_pages(position, p.seqs.page_size, p.sink_pages, p.recent_pages);
     compute_gates(token);

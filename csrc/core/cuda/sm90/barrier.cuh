@@ -28,8 +28,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// One arrival for the whole warp: a buffer's readers are warps. compute-sanitizer's racecheck follows no lane that arrives
-// for others and would report their reads, so all arrive in a build for it.
+// One arrival for the whole warp: a buffer's readers are warps. compute-sanitizer's racecheck follows no lane that
+// arrives for others and would report their reads, so all arrive in a build for it.
 #ifdef UNIQUE_ATTN_RACECHECK
 constexpr int kArrivals = kWarp;  // of a warp
 #else

@@ -115,8 +115,8 @@ __device__ __forceinline__ int enter_roles(const Barriers& barriers) {
 }
 
 // Two multiplying warpgroups that issue their products in turns, so that one multiplies while the other computes. Left
-// alone, they alternate or fall into step as the machine code happens to be: 12% of a forward pass. kBarrier and the next
-// are the named barriers of the two.
+// alone, they alternate or fall into step as the machine code happens to be. kBarrier and the next are the named
+// barriers of the two.
 template <int kBarrier>
 struct Turns {
   int warpgroup;

@@ -1,5 +1,5 @@
-// Copies by the tensor memory accelerator (TMA). Tiles are rows of 64 16-bit channels (128 bytes) in its 128-byte swizzle;
-// 128 channels are two such tiles one after the other.
+// Copies by the tensor memory accelerator (TMA). Tiles are rows of 64 16-bit channels (128 bytes) in its 128-byte
+// swizzle; 128 channels are two such tiles one after the other.
 #pragma once
 
 #include <cuda.h>
@@ -51,8 +51,9 @@ __device__ __forceinline__ void tma_load_tiles(char* shared, int tile_bytes, con
 }
 
 // ---- Rows past the end of a sequence ----
-// Copies take whole tiles. At the end of a sequence these hold rows of the next one, which a product that sums over rows
-// weighs with 0; but 0 times NaN or infinity is NaN. So the readers of such a tile turn those rows into zeros first.
+// Copies take whole tiles. At the end of a sequence these hold rows of the next one, which a product that sums over
+// rows weighs with 0; but 0 times NaN or infinity is NaN. So the readers of such a tile turn those rows into zeros
+// first.
 
 // Zeroes the rows [first, rows) of tiles `tile_bytes` apart, by kThreads threads. The swizzle stays within a row.
 template <int kTiles, int kThreads>

@@ -143,13 +143,13 @@ cudaError_t Launcher::forward() {
 cudaError_t Launcher::backward(const SoftMaskBackwardParams& b) {
   const bool soft = p_.mode == MaskMode::kSoft;
   const bool spreads = soft && p_.form != ScoreForm::kMean;
-  const bool directional = soft && p_.form == ScoreForm::kVectorSpread;
+  const bool vectors = soft && p_.form == ScoreForm::kVectorSpread;
   const int64_t grad_stride = int64_t{p_.num_q_heads} * p_.head_dim;
   const int page_size = p_.seqs.page_size;
   auto* stats = at<float2>(plan_.stats);
   auto* page_grads = soft ? at<float>(plan_.page_grads) : nullptr;
   UA_RETURN_IF(launch_row_stats(b, stats, stream_));
-  if (directional) UA_RETURN_IF(launch_squares(args(0, 0, 0, 0, 0), at<__nv_bfloat16>(plan_.squares), false, stream_));
+  if (vectors) UA_RETURN_IF(launch_squares(args(0, 0, 0, 0, 0), at<__nv_bfloat16>(plan_.squares), false, stream_));
   if (soft) {
     UA_RETURN_IF(cudaMemsetAsync(
         page_grads, 0, static_cast<size_t>(slots()) * p_.num_kv_heads * p_.head_dim * 2 * sizeof(float), stream_));

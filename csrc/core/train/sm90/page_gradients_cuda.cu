@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
 
 constexpr int kFinishThreads = 256;
 
-// (d mean, d spread) of a page become (a, b) of dk = a + b * k, for its keys: dk_j += (d mean + d spread (k_j - mean)) / S
-// with the mean of the keys themselves. One warp per page and KV head.
+// (d mean, d spread) of a page become (a, b) of dk = a + b * k, for its keys: dk_j += (d mean + d spread (k_j - mean))
+// / S with the mean of the keys themselves. One warp per page and KV head.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_page_gradients_kernel(const HopperArgs a, float* grads) {
   const int b = a.first_sequence + static_cast<int>(blockIdx.z);
