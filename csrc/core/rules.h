@@ -168,7 +168,7 @@ struct RuleTable {
                                           RuleTs::kTrainable}...};
   // body(RuleTag<type of the rule>()).
   template <typename Body>
-  static UA_HD void visit(Rule rule, const Body& body) {
+  static inline __attribute__((always_inline)) void visit(Rule rule, const Body& body) {  // on the host
     int place = 0;
     ((static_cast<int>(rule) == place++ ? (body(RuleTag<RuleTs>()), true) : false) || ...);
   }
