@@ -36,8 +36,8 @@ def block_sparse_attention(
     scale: float | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` ``[N, Hq, D]`` and ``lse`` ``[N, Hq]`` in ``compute_dtype`` (products in it, the softmax in fp32 or better),
-    on the CPU. What a query does not see has no part in its result, NaN and all."""
+    """``out`` ``[N, Hq, D]`` and ``lse`` ``[N, Hq]`` in ``compute_dtype`` (products in it, the softmax in fp32 or
+    better), on the CPU. What a query does not see has no part in its result, NaN and all."""
     q, k, v, mask = (x.cpu() for x in (q, k, v, mask))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_heads, heads = q.shape[1], k.shape[1]

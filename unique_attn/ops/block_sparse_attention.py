@@ -27,10 +27,10 @@ def block_sparse_attention(
     """Causal attention over packed sequences, of each block of queries to the key blocks of its row of ``mask`` alone
     (UniSparse, arXiv 2512.14082, section 3).
 
-    The queries of a sequence are the last of its tokens, so a chunk of a prompt attends to the keys before it too: query
-    i of n, in a sequence of m keys, stands at position ``m - n + i`` and sees no later key. Query blocks are counted from
-    a sequence's first query, key blocks from its first key. A listed block that lies in the future is not seen, and a
-    block that no query of a block sees is not read. The diagonal is not listed by itself.
+    The queries of a sequence are the last of its tokens, so a chunk of a prompt attends to the keys before it too:
+    query i of n, in a sequence of m keys, stands at position ``m - n + i`` and sees no later key. Query blocks are
+    counted from a sequence's first query, key blocks from its first key. A listed block that lies in the future is not
+    seen, and a block that no query of a block sees is not read. The diagonal is not listed by itself.
 
     Bitwise deterministic. Under ``torch.autocast`` q, k and v are cast to its dtype, as in
     ``scaled_dot_product_attention``.
@@ -45,16 +45,16 @@ def block_sparse_attention(
         cu_seqlens_k: int32 ``[B + 1]``, the same of the keys. A sequence has at least as many keys as queries.
         max_seqlen_q: host-known upper bound of the queries of a sequence.
         mask: int32 ``[slots, Hm, words]``, contiguous: bit i of word w is key block ``32 * w + i``; from
-            :func:`pack_block_mask`. Rows are those of :func:`query_block_slots`, at least ``N // block_q + B``. Hm is Hq
-            (a row for every query head), H (the heads of a group share one) or 1. Blocks past the last word are not
-            listed.
+            :func:`pack_block_mask`. Rows are those of :func:`query_block_slots`, at least ``N // block_q + B``. Hm is
+            Hq (a row for every query head), H (the heads of a group share one) or 1. Blocks past the last word are
+            not listed.
         block_q: queries of a block, 64 or 128.
         block_k: keys of a block, 64 or 128.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
 
     Returns:
-        ``out`` ``[N, Hq, D]`` in q's dtype and ``lse`` ``[N, Hq]`` fp32 (fp64 for fp64), the natural logarithm of the sum
-        of exponentials. A query that sees no listed key gets 0 and -inf.
+        ``out`` ``[N, Hq, D]`` in q's dtype and ``lse`` ``[N, Hq]`` fp32 (fp64 for fp64), the natural logarithm of the
+        sum of exponentials. A query that sees no listed key gets 0 and -inf.
 
     Raises:
         ValueError: a wrong rank, shape, dtype, device, stride or number, naming the argument.
@@ -74,8 +74,8 @@ def query_block_slots(cu_seqlens_q: torch.Tensor, block_q: int = 128) -> torch.T
         block_q: queries of a block.
 
     Returns:
-        int32 ``[B + 1]``: ``cu_seqlens_q[b] // block_q + b``, at the end the number of rows. Between two sequences one row
-        may belong to no block.
+        int32 ``[B + 1]``: ``cu_seqlens_q[b] // block_q + b``, at the end the number of rows. Between two sequences one
+        row may belong to no block.
     """
     order = torch.arange(cu_seqlens_q.shape[0], dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
     return cu_seqlens_q // block_q + order
@@ -120,10 +120,9 @@ def unpack_block_mask(mask: torch.Tensor, key_blocks: int) -> torch.Tensor:
         raise ValueError(
             f"unpack_block_mask: mask: expected int32 [slots, Hm, words], got {mask.dtype} {list(mask.shape)}"
         )
-    if not 0 <= key_blocks <= mask.shape[-1] * _WORD_BITS:
-        raise ValueError(
-            f"unpack_block_mask: key_blocks: expected 0 to {mask.shape[-1] * _WORD_BITS} (bits of a row), got {key_blocks}"
-        )
+    most = mask.shape[-1] * _WORD_BITS
+    if not 0 <= key_blocks <= most:
+        raise ValueError(f"unpack_block_mask: key_blocks: expected 0 to {most} (bits of a row), got {key_blocks}")
     place = torch.arange(_WORD_BITS, dtype=torch.int32, device=mask.device)
     return ((mask[..., None] >> place) & 1).bool().flatten(-2)[..., :key_blocks]
 
