@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import report, suite
 from benchmarks.measure.machine import slug
+from examples.support.command import existing_device
 from examples.support.results import write_json
 from unique_attn import _command
 
@@ -29,7 +30,7 @@ def module(name: str) -> Any:
 
 def _add_device(sub: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    sub.add_argument("--device", type=_command.existing_device, default=default, help="cpu, cuda or cuda:N")
+    sub.add_argument("--device", type=existing_device, default=default, help="cpu, cuda or cuda:N")
 
 
 def _add_shared(sub: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ RUNTIME_MODULE = "_runtime" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 # Host-only parts of the core that the Python module binds.
 RUNTIME_CORE_SOURCES = ("csrc/core/decode/split_plan.cpp",)
 
-# The ABI of torch 2.10: the library then runs on every later torch.
+# The stable ABI of torch 2.10 (run with 2.11 and 2.13).
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]

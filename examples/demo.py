@@ -21,8 +21,11 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `examples`, where this is run as a file
+
 import unique_attn
 from examples.support import DOCUMENT, evaluate
+from examples.support.command import existing_device
 from examples.support.evaluate import Decoded
 from examples.support.models import SMOLLM2, SMOLLM2_NAME, load_model
 from examples.support.results import DTYPES, environment, write_json
@@ -299,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
         help="storage of the page index",
     )
     p.add_argument("--page-size", type=int, default=default.page_size, help="tokens per page")
-    p.add_argument("--device", type=_command.existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU and bf16 on a GPU if not given")
     p.add_argument("--max-new-tokens", type=int, default=32)
     p.add_argument("--tail", type=int, default=128, help="tokens at the document's end whose perplexity is measured")

@@ -107,7 +107,7 @@ def test_result(tmp_path: Path, device, capsys: pytest.CaptureFixture):
         assert sides["sdpa"]["attention_bytes"] == case["kv_bytes"]
         for side in sides.values():
             assert side["bytes"] == side["attention_bytes"] + case["weights_bytes"]
-            assert side["tokens_per_s"] == pytest.approx(1e3 * o["batch"] / side["median_ms"], rel=0.01)
+            assert side["tokens_per_s"] == pytest.approx(1e3 * o["batch"] / side["median_ms"], rel=0.01, abs=0.06)
             assert side["logits_error"] < model.TOLERANCE[dtype]
             assert (side["peak_bytes"] is None) == (device.type == "cpu")
         assert case["best"]["sdpa"] == "sdpa"

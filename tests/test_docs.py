@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DESIGN_RULES
+from op_cases import NAMED_RULES
 from pictures import numbers
 
 import unique_attn
@@ -64,7 +64,7 @@ def test_ops_table():
 def test_rules_table():
     listed = [row[0] for row in table("rule | $u$")]
     assert set(listed) <= {f"`{name}`" for name in ops.RULES}
-    assert set(listed) >= {f"`{name}`" for name in DESIGN_RULES}
+    assert set(listed) >= {f"`{name}`" for name in NAMED_RULES}
 
 
 def test_sizes_of_the_index():
@@ -72,7 +72,7 @@ def test_sizes_of_the_index():
     rows = table("bytes of an entry, 16-bit keys")
     formats = [
         (rule, index)
-        for rule in DESIGN_RULES
+        for rule in NAMED_RULES
         for index in ops.INDEX_FORMATS
         if index == "exact" or ops.RULES[rule].compressible
     ]

@@ -20,6 +20,19 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAYS, *others}
 
 
+@pytest.mark.parametrize("name", ["demo", "finetune"])
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_commands_start_as_a_file_and_as_a_module(name: str, how: str):
+    pytest.importorskip("transformers")
+    argv = ["-m", f"examples.{name}"] if how == "module" else [f"examples/{name}.py"]
+    done = subprocess.run(
+        [sys.executable, *argv, "--help"],
+        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+
+
 @pytest.mark.parametrize("name", SAYS)
 def test_example(name: str, device):
     if name == "generate.py":

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
-    DESIGN_INDEXES,
     DEVICES,
     INDEXES,
+    NAMED_INDEXES,
     PAGE_SIZES,
     Case,
     Spec,
@@ -153,7 +153,7 @@ def test_no_cancellation(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rule", "index_format"), DESIGN_INDEXES)
+@pytest.mark.parametrize(("rule", "index_format"), NAMED_INDEXES)
 def test_nan_and_inf_stay_in_their_page(device: str, rule: str, index_format: str) -> None:
     spec = Spec(lengths=(40,), rule=rule, index_format=index_format, page_size=8, pages_per_block=1, head_dim=24)
     case = build(spec)

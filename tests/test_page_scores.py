@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
-    DESIGN_INDEXES,
     DEVICES,
     DTYPES,
     INDEXES,
+    NAMED_INDEXES,
     Case,
     Spec,
     accumulator,
@@ -155,7 +155,7 @@ def test_a_bad_page_does_not_touch_the_others(device: str, rule: str, index_form
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rule", "index_format"), DESIGN_INDEXES)
+@pytest.mark.parametrize(("rule", "index_format"), NAMED_INDEXES)
 @pytest.mark.parametrize("size", [1.0, 1e3, 5e3, 1e4, 3e4])
 def test_large_fp16_keys_select_as_fp32_entries_do(device: str, rule: str, index_format: str, size: float) -> None:
     """Scores of fp16 inputs are finite, and order the pages as those of fp32 do up to the rounding of their key: 2^-8,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import DESIGN_RULES, RULES, Case, Spec, build, examples, specs
+from op_cases import NAMED_RULES, RULES, Case, Spec, build, examples, specs
 from torch import Tensor
 
 from unique_attn import reference
@@ -86,7 +86,7 @@ def test_positions() -> None:
     assert not reference.visible_pages(-2, 5, 4)
 
 
-def test_entries_are_the_equations_of_the_design() -> None:
+def test_entries_are_the_equations_of_the_page_index_page() -> None:
     keys = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     columns = keys.T.tolist()
     mean = [sum(c) / 7 for c in columns]
@@ -103,11 +103,20 @@ def test_entries_are_the_equations_of_the_design() -> None:
         reference.page_entry(keys, "median")
 
 
-def test_scores_are_the_equations_of_the_design() -> None:
+def test_unknown_rules_and_formats_are_refused() -> None:
+    keys = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    entry = reference.page_entry(keys, "mean")
+    with pytest.raises(ValueError, match=r"rule: expected one of mean, .*, got 'median'"):
+        reference.rule_score(keys[:1], entry, "median", 1.0)
+    with pytest.raises(ValueError, match=r"index_format: expected exact or compressed, got 'packed'"):
+        reference.encode_entry(keys, "mean", "packed", torch.float32)
+
+
+def test_scores_are_the_equations_of_the_page_index_page() -> None:
     random = torch.Generator().manual_seed(1)
     keys = torch.randn(3, 4, 6, dtype=torch.float64, generator=random)  # three pages of four keys
     q = torch.randn(2, 6, dtype=torch.float64, generator=random)
-    for rule in DESIGN_RULES:
+    for rule in NAMED_RULES:
         scores = reference.rule_score(q, reference.page_entry(keys, rule), rule, 0.75)
         for g in range(2):
             for p in range(3):

@@ -30,6 +30,13 @@ def attend(case: TrainCase, *leaves: Tensor, **options: Any) -> Tensor:
     return reference_train.soft_mask_attention(*args, case.cu_seqlens, **{**case.spec.scoring, **options})[0]
 
 
+@pytest.mark.parametrize("rule", ["minmax", "median"])
+def test_rules_that_cannot_be_trained_are_refused(rule: str) -> None:
+    q = torch.zeros(8, 2, 16)
+    with pytest.raises(ValueError, match=f"rule: expected mean, unique or directional, got '{rule}'"):
+        reference_train.head_scores(q, q, rule, 4, 1.0, torch.float32)
+
+
 # ---- Attention. ----
 
 

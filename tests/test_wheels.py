@@ -16,8 +16,8 @@ import unique_attn
 from unique_attn import _load
 
 ROOT = Path(__file__).parent.parent
-# Of the repository's files, what an archive may lack: its own upkeep, and records that nothing is built or tested from.
-NOT_IN_SDIST = re.compile(r"\.ci/|\.github/|\.gitignore$|\.pre-commit-config\.yaml$|benchmarks/")
+# Of the repository's files, what an archive may lack: its own upkeep.
+NOT_IN_SDIST = re.compile(r"\.ci/|\.github/|\.gitignore$|\.pre-commit-config\.yaml$")
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not in a repository")
 
@@ -45,6 +45,20 @@ def test_sdist_holds_the_repository(tmp_path: Path):
     assert {name for name in tracked - packed if not NOT_IN_SDIST.match(name)} == set()
     made = {name for name in packed - tracked if not name.startswith("unique_attn.egg-info/")}
     assert made == {"PKG-INFO", "setup.cfg"}
+
+
+def test_a_wrong_tag_is_noticed_before_the_long_build():
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    build, smoke = workflow.split("\n  smoke:\n")
+    steps = ["make sdist", "the tag is the version", "make wheels", "make wheel-hazards", "upload-artifact"]
+    places = [build.index(step) for step in steps]
+    assert places == sorted(places)
+    assert "\npermissions:\n  contents: read\n" in build
+    assert "make wheel-smoke" in smoke
+    # One index for every job, as in the workflow of the tests.
+    (line,) = re.findall(r"^  (PIP_EXTRA_INDEX_URL: .*)$", workflow, re.MULTILINE)
+    assert line in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "PIP_EXTRA_INDEX_URL" not in smoke
 
 
 def test_wheels_leave_out_what_torch_brings(settings: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""Page-sparse attention for PyTorch and Hugging Face: one page index for decoding, training and prefill.
+"""Page-sparse attention for PyTorch and Hugging Face: one page index for decoding and training.
 
 Importing the package loads the ops and registers the attention implementation ``"unique"`` with transformers (as soon
 as that is imported, if it is). It changes nothing else.

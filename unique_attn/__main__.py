@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +37,8 @@ def _run(arguments: Sequence[str]) -> int | None:
     if name not in COMMANDS:
         complaint = f"error: no command {name!r}: expected one of {', '.join(COMMANDS)}"
         if name in OF_A_CHECKOUT:
-            complaint = f"error: {name!r} is no part of the package: in a checkout, `python -m {OF_A_CHECKOUT[name]}`"
+            there = f"python -m {OF_A_CHECKOUT[name]} {shlex.join(rest)}".rstrip()
+            complaint = f"error: {name!r} is no part of the package: in a checkout, `{there}`"
         print(complaint, file=sys.stderr)
         return 2
     sys.argv[0] = f"python -m unique_attn {name}"  # what argparse shows as the program

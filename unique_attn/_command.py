@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 EXPECTED = (ImportError, OSError, ValueError)
 
 
@@ -43,16 +41,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
-
-
-def existing_device(text: str) -> str:
-    """The value of ``--device``, if that is a device here."""
-    kind, _, number = text.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in text and not number.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        there = "this torch is built without CUDA"
-        if torch.backends.cuda.is_built():
-            there = f"torch finds {torch.cuda.device_count()} CUDA devices"
-        raise argparse.ArgumentTypeError(f"{text} is not there: {there}")
-    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from unique_attn._checked import CheckedConfig
-from unique_attn.rules import INDEX_FORMATS, MAX_PAGES, PAGE_SIZES, RULES
+from unique_attn.rules import INDEX_FORMATS, MAX_PAGES, PAGE_SIZES, RULES, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class UniqueConfig(CheckedConfig):
     budget: int = 512
     sink_pages: int = 1
     recent_pages: int = 1
-    lambda_: float = RULES["unique"].weight
-    c: float = RULES["directional"].weight
+    lambda_: float = WEIGHTS["lambda_"]
+    c: float = WEIGHTS["c"]
     block_size: int = 64
     index_format: str = "exact"
     dense_below: int | None = None
@@ -89,7 +89,7 @@ class UniqueConfig(CheckedConfig):
     def spread_weight(self) -> float:
         """``lambda_`` or ``c``, the rule's weight of a page's spread; a rule's default if it has no field here."""
         info = RULES[self.rule]
-        return float(getattr(self, info.weight_name, info.weight)) if info.weight_name else info.weight
+        return float(getattr(self, info.weight_name, info.weight) if info.weight_name else info.weight)
 
     @property
     def dense_limit(self) -> int:

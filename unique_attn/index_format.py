@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unique_attn.rules import PAGE_SIZES, choices, format_id, rule_info
+from unique_attn.rules import MAX_HEAD_DIM, PAGE_SIZES, choices, format_id, rule_info
 
 KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALAR_BYTES = 16  # slot of the one scalar that an exact entry may hold behind its vectors
@@ -19,7 +19,7 @@ def index_entry_bytes(rule: str, head_dim: int, dtype: torch.dtype, index_format
     info = rule_info(rule)
     if format_id(index_format, rule) == 0:
         return info.vectors * head_dim * dtype.itemsize + SCALAR_BYTES * info.scalar
-    codes = head_dim // 2 + (head_dim // 4) * (info.spread == "vector")
+    codes = head_dim // 2 + (head_dim // 4) * (info.spread_kind == "vector")
     return -(-(4 * num_groups(head_dim) + codes) // 16) * 16
 
 
@@ -31,7 +31,7 @@ def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str =
         rule: name of the scoring rule.
         page_size: tokens per page; divides ``block_size``.
         index_format: ``exact`` (the keys' dtype), or ``compressed`` (4-bit means and 2-bit spreads with shared scales,
-            described in ``csrc/core/index/format.h``; compressible rules: :data:`unique_attn.ops.RULES`).
+            described in ``csrc/core/index/format.h``; compressible rules: :data:`unique_attn.rules.RULES`).
 
     Returns:
         uint8 ``[num_blocks, H, block_size // page_size, entry_bytes]``, zeroed. The bytes belong to the rule;
@@ -46,8 +46,10 @@ def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str =
     num_blocks, heads, block_size, head_dim = k_cache.shape
     if k_cache.dtype not in KEY_DTYPES:
         raise ValueError(f"k_cache: expected dtype {', '.join(map(str, KEY_DTYPES))}, got {k_cache.dtype}")
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"k_cache: expected a head dimension that is a multiple of 8 up to 256, got {head_dim}")
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"k_cache: expected a head dimension that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+        )
     if type(page_size) is not int or page_size not in PAGE_SIZES:
         raise ValueError(f"page_size: expected {choices(PAGE_SIZES)}, got {page_size!r}")
     if block_size % page_size:
@@ -131,9 +133,9 @@ def decompress(index: Tensor, rule: str, head_dim: int) -> tuple[Tensor, ...]:
 
     code = codes(4 * groups, 4)
     mean = channels(torch.where(code == 8, v, ((code ^ 8) - 8) * s))
-    if info.spread is None:
+    if info.spread_kind is None:
         return (mean,)
-    if info.spread == "scalar":
+    if info.spread_kind == "scalar":
         return mean, t.squeeze(-1).double().square().sum(-1).sqrt()
     level = codes(4 * groups + head_dim // 2, 2)
     return mean, channels(torch.where(level == 0, torch.minimum(s, t), (level + 1) * t))

@@ -24,10 +24,8 @@ from torch import Tensor
 from unique_attn import ops
 from unique_attn._runtime import PagePool, PoolFullError
 from unique_attn.config import UniqueConfig
+from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY_TOKENS
 
-MAX_QUERY_TOKENS = 16  # per sequence and call of the ops; longer steps run in pieces
-MAX_GROUP = 16  # query heads per KV head
-MAX_HEAD_DIM = 256
 SPARE_TOKENS = 256  # per sequence, in a new pool
 TABLE_STEP = 8  # the width of a block table is a multiple of this, so that it rarely changes its shape
 
@@ -404,7 +402,7 @@ class LayerPages:
             new = (q[:, begin:end], k[:, begin:end], v[:, begin:end])
             return self.step(new, block_table, lens, self.config.num_pages, scale)
 
-        if num_tokens <= MAX_QUERY_TOKENS:
+        if num_tokens <= MAX_QUERY_TOKENS:  # longer steps run in pieces
             return piece(0, num_tokens)
         borders = [*range(0, num_tokens, MAX_QUERY_TOKENS), num_tokens]
         outs, lses, pages = zip(*(piece(begin, end) for begin, end in pairwise(borders)))

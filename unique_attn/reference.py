@@ -106,12 +106,13 @@ def rule_score(q: Tensor, entry: tuple[Tensor, ...], rule: str, weight: float) -
     if rule == "minmax":  # relu(q) . max - relu(-q) . min
         upper, lower, each = entry[0].unsqueeze(-3), entry[1].unsqueeze(-3), q.unsqueeze(-2)
         return (each * torch.where(each > 0, upper, lower)).sum(-1)
-    score = q @ entry[0].mT
+    if rule == "mean":  # q . mean
+        return q @ entry[0].mT
     if rule == "unique":  # q . mean + lambda * norm(q) * std
-        return score + weight * q.norm(dim=-1, keepdim=True) * entry[1].unsqueeze(-2)
+        return q @ entry[0].mT + weight * q.norm(dim=-1, keepdim=True) * entry[1].unsqueeze(-2)
     if rule == "directional":  # q . mean + c * sqrt(sum_d q_d^2 var_d)
-        return score + weight * (q.square() @ entry[1].square().mT).sqrt()
-    return score
+        return q @ entry[0].mT + weight * (q.square() @ entry[1].square().mT).sqrt()
+    raise ValueError(f"rule: expected one of mean, unique, directional, minmax, got {rule!r}")
 
 
 def page_scores(
@@ -136,8 +137,8 @@ def page_scores(
     _, kv_heads, pages_per_block, _ = index.shape
     weight = weight_of(rule_info(rule), spread_weight)
     parts = decode_index(index, rule=rule, dtype=q.dtype, index_format=index_format, head_dim=head_dim)
-    num_pages = block_table.shape[1] * pages_per_block
-    scores = q.new_full((batch, num_tokens, kv_heads, num_pages), -torch.inf, dtype=compute_dtype)
+    row_pages = block_table.shape[1] * pages_per_block
+    scores = q.new_full((batch, num_tokens, kv_heads, row_pages), -torch.inf, dtype=compute_dtype)
     for b, seq_len in enumerate(seq_lens.tolist()):
         for t in range(num_tokens):
             visible = visible_pages(query_position(seq_len, num_tokens, t), window, page_size)

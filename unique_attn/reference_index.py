@@ -39,6 +39,8 @@ def new_index(k_cache: Tensor, *, rule: str, page_size: int, index_format: str =
 
 def encode_entry(keys: Tensor, rule: str, index_format: str, dtype: torch.dtype) -> Tensor:
     """Bytes ``[..., entry_bytes]`` of the entry of keys ``[..., n, D]``, as it is stored for keys of ``dtype``."""
+    if index_format not in ("exact", "compressed"):
+        raise ValueError(f"index_format: expected exact or compressed, got {index_format!r}")
     if index_format == "compressed":
         mean, std = page_entry(keys, "directional")
         return compress(mean, std, rule)

@@ -62,22 +62,22 @@ def head_scores(
     fixed = (q if spread_q is None else spread_q).detach().view(group_q.shape)
     mean, var = page_entries(keys, page_size)
     scores = torch.einsum("lhgd,hpd->lhgp", group_q, round_through(mean, entry_dtype))
+    if rule == "mean":
+        return scores
     if rule == "unique":
         total = var.sum(-1)
         root = total.detach().sqrt().clamp(max=torch.finfo(entry_dtype).max)
         stored = root.to(entry_dtype).to(q.dtype).square()
         std = safe_sqrt(total + (stored - total.detach()))  # gradients go by the stored root, as below
-        scores = scores + weight * fixed.norm(dim=-1)[..., None] * std[None, :, None]
-    elif rule == "directional":
+        return scores + weight * fixed.norm(dim=-1)[..., None] * std[None, :, None]
+    if rule == "directional":
         stored = var.detach().sqrt().to(entry_dtype).to(q.dtype).square()  # the entry holds the root
         squares = fixed.square()
         if square_dtype is not None:
             stored, squares = (x.to(square_dtype).to(q.dtype) for x in (stored, squares))
         var = var + (stored - var.detach())
-        scores = scores + weight * safe_sqrt(torch.einsum("lhgd,hpd->lhgp", squares, var))
-    elif rule != "mean":
-        raise ValueError(f"rule: expected mean, unique or directional, got {rule!r}")
-    return scores
+        return scores + weight * safe_sqrt(torch.einsum("lhgd,hpd->lhgp", squares, var))
+    raise ValueError(f"rule: expected mean, unique or directional, got {rule!r}")
 
 
 def group_max(scores: Tensor) -> Tensor:

@@ -22,23 +22,46 @@ _INFO: dict[str, Any] = json.loads(torch.ops.unique_attn.build_info())
 class RuleInfo:
     """What a caller must know of a rule."""
 
-    id: int  # its place in the op library's table, which the ops take
-    vectors: int  # vectors of D channels in an exact index entry
-    scalar: bool  # whether that also holds one scalar
-    spread: str | None  # what the score adds for the spread of a page's keys: of a `scalar`, of a `vector`, or nothing
-    weight_name: str  # the field of UniqueConfig with the weight of that; "" if there is none
-    weight: float  # its default; 0 where there is no weight
-    compressible: bool  # whether it has compressed entries
-    trainable: bool  # whether soft gates can be trained with it
+    id: int  #: its place in the op library's table, which the ops take
+    vectors: int  #: vectors of D channels in an exact index entry
+    scalar: bool  #: whether that also holds one scalar
+    spread_kind: str | None  #: the spread in the score is a ``scalar``, a ``vector``, or not there
+    weight_name: str  #: the field of UniqueConfig with the weight of that; "" if there is none
+    weight: float  #: its default; 0 where there is no weight
+    compressible: bool  #: whether it has compressed entries
+    trainable: bool  #: whether soft gates can be trained with it
 
 
-RULES: dict[str, RuleInfo] = {rule.pop("name"): RuleInfo(**rule) for rule in _INFO["rules"]}
+def _rule_info(facts: dict[str, Any]) -> RuleInfo:
+    """A rule of ``build_info``."""
+    return RuleInfo(
+        id=facts["id"],
+        vectors=facts["vectors"],
+        scalar=facts["scalar"],
+        spread_kind=facts["spread"],
+        weight_name=facts["weight_name"],
+        weight=float(facts["weight"]),  # JSON has 2 for 2.0
+        compressible=facts["compressible"],
+        trainable=facts["trainable"],
+    )
+
+
+#: The scoring rules by name.
+RULES: dict[str, RuleInfo] = {facts["name"]: _rule_info(facts) for facts in _INFO["rules"]}
+#: Default weights of the spread, by the field of UniqueConfig that sets them.
+WEIGHTS: dict[str, float] = {info.weight_name: info.weight for info in RULES.values() if info.weight_name}
+#: The ways to store an index, with the op library's numbers.
 INDEX_FORMATS: dict[str, int] = {name: number for number, name in enumerate(_INFO["index_formats"])}
+#: Tokens that a page may have.
 PAGE_SIZES: tuple[int, ...] = tuple(_INFO["page_sizes"])
+#: Largest head dimension.
 MAX_HEAD_DIM: int = _INFO["max_head_dim"]
-MAX_GROUP: int = _INFO["max_group"]  # query heads that share a KV head
-MAX_QUERY_TOKENS: int = _INFO["max_query_tokens"]  # of a sequence in one decode step
-MAX_PAGES: int = _INFO["max_selected_pages"]  # that topk_pages can select
+#: Query heads that may share a KV head.
+MAX_GROUP: int = _INFO["max_group"]
+#: Query tokens that a sequence may have in one decode step.
+MAX_QUERY_TOKENS: int = _INFO["max_query_tokens"]
+#: Pages that ``topk_pages`` can select.
+MAX_PAGES: int = _INFO["max_selected_pages"]
 
 
 def choices(names: Iterable[object]) -> str:

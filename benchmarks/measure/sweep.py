@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.machine import free_bytes, gib
+from benchmarks.measure.text_table import NOTE
 from examples.support.results import DTYPES, environment
 from unique_attn import ops
 
 Grid = Mapping[str, Sequence[Any]]
 Shape = argparse.Namespace
 FORMATS = list(getattr(ops, "INDEX_FORMATS", ["exact"]))
+TITLES = {"head_dim": "D", "page_size": "S", "tokens": "T"}  # of columns
 MAY_BE_ZERO = ("new", "sink_pages", "recent_pages")
 
 
@@ -181,13 +183,29 @@ def report_head(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def side_line(case: Mapping[str, Any], name: str = "ours") -> str:
-    """Time, spread, bytes, floor and percent of the ceiling of one side of a case, or why there are none."""
+def side_cells(case: Mapping[str, Any], name: str = "ours", *, moved: str = "moved") -> dict[str, str]:
+    """Time, percentiles, bytes (titled ``moved``), floor and percent of the ceiling of one side of a case, or why there
+    are none."""
     side = case.get(name, {})
     if "median_ms" not in side:
-        return "  " + str(case.get("skipped") or side.get("failed") or "not measured")
-    spread = f"{side['p10_ms']:.4f} .. {side['p90_ms']:.4f}"
-    return (
-        f"{side['median_ms']:>9.4f} ms{spread:>20}{side['bytes'] / 2**20:>8.2f} MiB{side['floor_ms']:>8.4f} ms"
-        f"{side['percent_of_ceiling']:>10.1f} %"
-    )
+        return {NOTE: str(case.get("skipped") or side.get("failed") or "not measured")}
+    return {
+        "time": ms(side["median_ms"]),
+        **percentiles(side),
+        moved: f"{side['bytes'] / 2**20:.2f} MiB",
+        "floor": ms(side["floor_ms"]),
+        "of ceiling": f"{side['percent_of_ceiling']:.1f} %",
+    }
+
+
+def ms(value: float) -> str:
+    return f"{value:.4f} ms"
+
+
+def percentiles(side: Mapping[str, Any]) -> dict[str, str]:
+    return {"p10 .. p90": f"{side['p10_ms']:.4f} .. {side['p90_ms']:.4f}"}
+
+
+def shape_cells(o: Mapping[str, Any], *names: str) -> dict[str, str]:
+    """Settings of a shape, under their titles."""
+    return {TITLES.get(name, name): index_name(o) if name == "rule" else str(o[name]) for name in names}

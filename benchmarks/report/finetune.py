@@ -11,7 +11,7 @@ from benchmarks.report import plots
 from benchmarks.report.summary import machine
 
 FIGURE = "finetune.png"
-SEEDS = 3  # at least: of fewer, a spread says little
+SEEDS = 3  # at least: of fewer, a standard deviation says little
 
 
 def repeated(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,19 @@ from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.harness import Side, best_of, compare, outcome, ratio, sets_needed
 from benchmarks.measure.inputs import Shaped, entry_bytes, scoring
 from benchmarks.measure.machine import free_bytes, gib
-from benchmarks.measure.sweep import Grid, Shape, add_shape_flags, heads, index_name, report_head, run_sweep, side_line
+from benchmarks.measure.sweep import (
+    Grid,
+    Shape,
+    add_shape_flags,
+    heads,
+    index_name,
+    ms,
+    report_head,
+    run_sweep,
+    shape_cells,
+    side_cells,
+)
+from benchmarks.measure.text_table import text_table
 from examples.support.results import DTYPES
 from unique_attn import ops
 
@@ -207,16 +219,15 @@ def cases(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def report(result: dict[str, Any]) -> str:
     if "cases" not in result:
         return _report_one(result)
-    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'budget':>8}  {'rule':<24}{'time':>12}{'p10 .. p90':>20}"
-    lines = [*report_head(result), f"{head}{'must read':>12}{'floor':>11}{'of ceiling':>12}{'dense peer':>16}"]
+    shape = ("batch", "context", "head_dim", "page_size", "budget", "rule")
+    rows = []
     for case in result["cases"]:
-        o = case["options"]
-        line = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['budget']:>8}"
-        line += f"  {index_name(o):<24}"
-        line += side_line(case, "unique_decode")
+        row = {**shape_cells(case["options"], *shape), **side_cells(case, "unique_decode", moved="must read")}
         if case.get("speedup"):
-            line += f"{case[case['peer']]['median_ms']:>13.4f} ms {case['speedup']:>6.2f}x {case['peer']}"
-        lines.append(line)
+            peer = case["peer"]
+            row |= {"dense peer": ms(case[peer]["median_ms"]), "faster": f"{case['speedup']:.2f}x", "than": peer}
+        rows.append(row)
+    lines = [*report_head(result), *text_table(rows, left=["rule", "than"])]
     return "\n".join([*lines, "", *peers.notes(result["peers"])])
 
 
@@ -230,15 +241,13 @@ def _report_one(result: dict[str, Any]) -> str:
     ]
     if "skipped" in result:
         return "\n".join([*lines, f"skipped: {result['skipped']}"])
-    lines.append(f"{'':<34}{'median':>12}{'p10 .. p90':>20}{'moved':>12}{'floor':>11}{'of ceiling':>12}")
-    lines.append(f"{'unique_decode':<34}{side_line(result, 'unique_decode')}")
+    rows = [{"side": "unique_decode", **side_cells(result, "unique_decode")}]
     for name, title in peers.DENSE_PEERS.items():
         if name in result:
             way = f" ({result[name]['way']})" if "way" in result[name] else ""
-            lines.append(f"{title + way:<34}{side_line(result, name)}")
-    for name, part in result["parts"].items():
-        lines.append(f"  {name:<32}{part['median_ms']:>9.4f} ms")
-    lines.append("")
+            rows.append({"side": title + way, **side_cells(result, name)})
+    rows += [{"side": f"part: {name}", "time": ms(part["median_ms"])} for name, part in result["parts"].items()]
+    lines += [*text_table(rows, left=["side"]), ""]
     for name, title in peers.DENSE_PEERS.items():
         ways = result.get(f"{name}_ways", {})
         if ways:

@@ -13,7 +13,17 @@ from benchmarks.measure import checks
 from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.harness import Side, compare, outcome, sets_needed
 from benchmarks.measure.inputs import Shaped, entry_bytes, scoring, storage
-from benchmarks.measure.sweep import Grid, Shape, add_shape_flags, heads, index_name, report_head, run_sweep, side_line
+from benchmarks.measure.sweep import (
+    Grid,
+    Shape,
+    add_shape_flags,
+    heads,
+    report_head,
+    run_sweep,
+    shape_cells,
+    side_cells,
+)
+from benchmarks.measure.text_table import text_table
 from examples.support.results import DTYPES
 from unique_attn import ops, reference
 
@@ -134,11 +144,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    head = f"{'batch':>6}{'context':>9}{'new':>8}{'D':>5}{'S':>4}  {'rule':<24}{'time':>12}{'p10 .. p90':>20}"
-    lines = [*report_head(result), f"{head}{'moved':>12}{'floor':>11}{'of ceiling':>12}"]
+    shape = ("batch", "context", "new", "head_dim", "page_size", "rule")
+    rows = []
     for case in result["cases"]:
-        o = case["options"]
-        new = o["new"] or "all"
-        shape = f"{o['batch']:>6}{o['context']:>9}{new:>8}{o['head_dim']:>5}{o['page_size']:>4}  {index_name(o):<24}"
-        lines.append(shape + side_line(case))
-    return "\n".join(lines)
+        o = {**case["options"], "new": case["options"]["new"] or "all"}
+        rows.append({**shape_cells(o, *shape), **side_cells(case)})
+    return "\n".join([*report_head(result), *text_table(rows, left=["rule"])])

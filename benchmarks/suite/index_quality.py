@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure.index_formats import FORMATS, OUTLIERS
 from benchmarks.measure.real_keys import RealKeys, capture, texts
+from benchmarks.measure.text_table import text_table
 from examples.support.models import SMOLLM2, SMOLLM2_NAME, load_model
 from examples.support.results import DTYPES, environment
 from unique_attn import ops
@@ -179,30 +180,40 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> str:
     budgets, names = result["options"]["budgets"], list(result["texts"])
 
-    def masses(mass: dict[str, list[float]]) -> str:
-        return "   ".join(" ".join(f"{x:.4f}" for x in mass[name]) for name in names)
+    def masses(mass: dict[str, list[float]]) -> dict[str, str]:
+        """A column a text: a number for each budget."""
+        return {name: " ".join(f"{x:.4f}" for x in mass[name]) for name in names}
 
     lines = [
         f"{result['model']}: attention kept by budgets {', '.join(map(str, budgets))} on {', '.join(names)}",
         f"the ops in {result['options']['dtype']}; bits are those of the index per key channel and token",
         "",
     ]
+    rows: list[dict[str, str]] = []
     for oracle in result["oracle"]:
         size = oracle["page_size"]
-        lines.append(f"S={size:<4}{'true mass':<52}{masses(oracle['mass'])}")
-        for r in result["ops"]:
-            if r["page_size"] == size:
-                label = f"{r['rule']}, {r['index']}"
-                lines.append(
-                    f"S={size:<3}{label:<30}{r['entry_bytes']:>5} bytes{r['bits']:>7.2f} bits{masses(r['mass']):>59}"
-                )
+        rows.append({"pages": f"S={size}", "index": "true mass", "bytes": "", "bits": "", **masses(oracle["mass"])})
+        rows += [
+            {
+                "pages": f"S={size}",
+                "index": f"{r['rule']}, {r['index']}",
+                "bytes": str(r["entry_bytes"]),
+                "bits": f"{r['bits']:.2f}",
+                **masses(r["mass"]),
+            }
+            for r in result["ops"]
+            if r["page_size"] == size
+        ]
+    lines += text_table(rows, left=["pages", "index"])
     if "formats" in result:
         size = result["formats"]["page_size"]
         lines += ["", f"formats in PyTorch, directional, S={size}: bits a channel, mass, and what is lost (x 1e-4)"]
+        rows = []
         for r in result["formats"]["results"]:
-            lost = "   ".join(f"{name} {' '.join(f'{1e4 * x:.1f}' for x in each)}" for name, each in r["lost"].items())
-            lines.append(f"{r['name']:<50}{r['bits']:>6.2f}  {masses(r['mass'])}   {lost}")
+            lost = {f"lost, {name}": " ".join(f"{1e4 * x:.1f}" for x in each) for name, each in r["lost"].items()}
+            rows.append({"format": r["name"], "bits": f"{r['bits']:.2f}", **masses(r["mass"]), **lost})
+        lines += text_table(rows, left=["format"])
     for scores in result["scores"]:
         lines += ["", f"scores in PyTorch, directional, exact entries, S={scores['page_size']}"]
-        lines += [f"{r['name']:<58}{masses(r['mass'])}" for r in scores["results"]]
+        lines += text_table([{"score": r["name"], **masses(r["mass"])} for r in scores["results"]], left=["score"])
     return "\n".join(lines)

@@ -17,7 +17,8 @@ from benchmarks.measure import peers
 from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.harness import ColdCache, Timing, ratio, reason, row, time_cpu, time_cuda
 from benchmarks.measure.machine import free_bytes, gib
-from benchmarks.measure.sweep import FORMATS, Grid, Shape, add_shape_flags, heads, report_head, run_sweep
+from benchmarks.measure.sweep import FORMATS, Grid, Shape, add_shape_flags, heads, percentiles, report_head, run_sweep
+from benchmarks.measure.text_table import NOTE, text_table
 from examples.support.results import DTYPES
 
 if TYPE_CHECKING:
@@ -295,9 +296,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     lines = report_head(result)
-    head = (
-        f"{'':<28}{'ms per step':>12}{'p10 .. p90':>22}{'tokens/s':>11}{'must read':>12}{'of ceiling':>12}{'peak':>11}"
-    )
     for case in result["cases"]:
         o = case["options"]
         shape = f"{o['layers']} layers, {o['heads']} heads, D={o['head_dim']}, {o['dtype']}"
@@ -305,21 +303,23 @@ def report(result: dict[str, Any]) -> str:
         if "skipped" in case:
             lines += [f"  skipped: {case['skipped']}", ""]
             continue
-        lines.append(head)
-        lines += [_side_line(name, side) for name, side in case["sides"].items()]
+        lines += text_table([_side_cells(name, side) for name, side in case["sides"].items()], left=["side"])
         for group, ratios in case["speedups"].items():
             said = ", ".join(f"{ratio:.2f}x {peers.DENSE_PEERS[peer]}" for peer, ratio in ratios.items())
-            lines += [f"  {group}: {said}"] if said else []
+            lines += [f"{group}: {said}"] if said else []
         lines.append("")
     return "\n".join([*lines, *peers.notes(result["peers"])])
 
 
-def _side_line(name: str, side: Mapping[str, Any]) -> str:
+def _side_cells(name: str, side: Mapping[str, Any]) -> dict[str, str]:
     if "median_ms" not in side:
-        return f"  {name:<26}  {side.get('skipped') or side['failed']}"
-    spread = f"{side['p10_ms']:.3f} .. {side['p90_ms']:.3f}"
-    peak = gib(side["peak_bytes"]) if side["peak_bytes"] is not None else "-"
-    return (
-        f"  {name:<26}{side['median_ms']:>12.3f}{spread:>22}{side['tokens_per_s']:>11.1f}{gib(side['bytes']):>12}"
-        f"{side['percent_of_ceiling']:>10.1f} %{peak:>11}"
-    )
+        return {"side": name, NOTE: side.get("skipped") or side["failed"]}
+    return {
+        "side": name,
+        "ms per step": f"{side['median_ms']:.3f}",
+        **percentiles(side),
+        "tokens/s": f"{side['tokens_per_s']:.1f}",
+        "must read": gib(side["bytes"]),
+        "of ceiling": f"{side['percent_of_ceiling']:.1f} %",
+        "peak": gib(side["peak_bytes"]) if side["peak_bytes"] is not None else "",
+    }

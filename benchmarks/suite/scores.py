@@ -13,7 +13,17 @@ from benchmarks.measure import checks
 from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.harness import Side, compare, outcome, sets_needed
 from benchmarks.measure.inputs import Shaped, entry_bytes, scoring
-from benchmarks.measure.sweep import Grid, Shape, add_shape_flags, heads, index_name, report_head, run_sweep, side_line
+from benchmarks.measure.sweep import (
+    Grid,
+    Shape,
+    add_shape_flags,
+    heads,
+    report_head,
+    run_sweep,
+    shape_cells,
+    side_cells,
+)
+from benchmarks.measure.text_table import text_table
 from unique_attn import ops
 
 FIELDS = ("batch", "context", "tokens", "heads", "head_dim", "page_size", "block_size", "rule", "index_format", "dtype")
@@ -89,11 +99,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    head = f"{'batch':>6}{'context':>9}{'D':>5}{'S':>4}{'T':>4}  {'rule':<24}{'time':>12}{'p10 .. p90':>20}"
-    lines = [*report_head(result), f"{head}{'index':>12}{'floor':>11}{'of ceiling':>12}"]
-    for case in result["cases"]:
-        o = case["options"]
-        shape = f"{o['batch']:>6}{o['context']:>9}{o['head_dim']:>5}{o['page_size']:>4}{o['tokens']:>4}"
-        shape += f"  {index_name(o):<24}"
-        lines.append(shape + side_line(case))
-    return "\n".join(lines)
+    shape = ("batch", "context", "head_dim", "page_size", "tokens", "rule")
+    rows = [{**shape_cells(case["options"], *shape), **side_cells(case, moved="index")} for case in result["cases"]]
+    return "\n".join([*report_head(result), *text_table(rows, left=["rule"])])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.measure.harness import Timing, measure
 from benchmarks.measure.sweep import heads
+from benchmarks.measure.text_table import text_table
 from examples.support.results import DTYPES, environment
 from unique_attn import ops, train
 
@@ -237,19 +238,22 @@ def report(result: dict[str, Any]) -> str:
         f"{o['page_size']}; {result['environment']['device']}"
     ]
     for each in result["lengths"]:
-        lines += [
-            "",
-            f"{each['tokens']:<24}{'forward':>12}{'backward':>12}{'total':>12}{'x ' + result['peer']:>24}"
-            f"{'TFLOP/s':>10}{'extra MiB':>12}",
-        ]
+        tokens = f"{each['tokens']} tokens"
+        rows = []
         for name, side in each["sides"].items():
             memory = side["memory"]
-            extra = "-" if memory is None else f"{max(memory.values()) / 2**20:.0f}"
-            rate = side["tflops"]["step"]
-            lines.append(
-                f"{name:24}{side['forward']['median_ms']:9.3f} ms{side['backward_ms']:9.3f} ms"
-                f"{side['step']['median_ms']:9.3f} ms{side['times_peer']['step']:24.2f}{rate:10.2f}{extra:>12}"
+            rows.append(
+                {
+                    tokens: name,
+                    "forward": f"{side['forward']['median_ms']:.3f} ms",
+                    "backward": f"{side['backward_ms']:.3f} ms",
+                    "total": f"{side['step']['median_ms']:.3f} ms",
+                    f"x {result['peer']}": f"{side['times_peer']['step']:.2f}",
+                    "TFLOP/s": f"{side['tflops']['step']:.2f}",
+                    "extra MiB": "" if memory is None else f"{max(memory.values()) / 2**20:.0f}",
+                }
             )
+        lines += ["", *text_table(rows, left=[tokens])]
         parts = ", ".join(f"{name} {part['median_ms']:.3f} ms" for name, part in each["parts"].items())
         lines.append(f"{parts}; largest error of our dense mode: {each['largest_error']:.1e}")
     if result["bytes_per_token"]:

@@ -13,7 +13,8 @@ from benchmarks.measure import peers
 from benchmarks.measure.ceiling import Ceilings
 from benchmarks.measure.harness import Compared, Side, best_of, compare, outcome, ratio, sets_needed
 from benchmarks.measure.inputs import Random
-from benchmarks.measure.sweep import Grid, Shape, add_shape_flags, report_head, run_sweep
+from benchmarks.measure.sweep import Grid, Shape, add_shape_flags, ms, report_head, run_sweep, shape_cells
+from benchmarks.measure.text_table import NOTE, text_table
 from examples.support.results import DTYPES
 from unique_attn import ops
 
@@ -170,27 +171,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    names = list(peers.TOPK_PEERS)
-    head = f"{'rows':>6}{'pages':>8}{'k':>5}  {'values':<10}{'ours':>12}{'launched':>12}{'of ceiling':>12}"
-    lines = [*report_head(result), head + "".join(f"{name:>16} ratio launched" for name in names)]
-    for case in result["cases"]:
-        o, ours = case["options"], case.get("ours", {})
-        line = f"{o['rows']:>6}{o['pages']:>8}{o['k']:>5}  {o['values']:<10}"
-        if "median_ms" not in ours:
-            lines.append(line + "  " + str(case.get("skipped") or ours.get("failed")))
-            continue
-        launched = f"{ours['launched']['median_ms']:>9.4f} ms" if "launched" in ours else f"{'-':>12}"
-        line += f"{ours['median_ms']:>9.4f} ms{launched}{ours['percent_of_ceiling']:>10.1f} %"
-        for name in names:
-            peer = case["peers"].get(name, {})
-            if "median_ms" not in peer:
-                line += f"{'-':>31}"
-                continue
-            eager = f"{peer['launched_ratio']:.2f}" if "launched_ratio" in peer else "-"
-            line += f"{peer['median_ms']:>13.4f} ms{peer['ratio'] or 0:>6.2f}{eager:>9}"
-        lines.append(line)
+    rows = [_cells(case) for case in result["cases"]]
+    lines = [*report_head(result), *text_table(rows, left=["values"])]
     failures = sorted(_failures(result["cases"]))
     return "\n".join([*lines, "", *[f"left out: {each}" for each in failures], *peers.notes(result["peers"])])
+
+
+def _cells(case: dict[str, Any]) -> dict[str, str]:
+    """A row of the table; times of single launched calls are there on CUDA alone."""
+    row, ours = shape_cells(case["options"], "rows", "pages", "k", "values"), case.get("ours", {})
+    if "median_ms" not in ours:
+        return {**row, NOTE: str(case.get("skipped") or ours.get("failed"))}
+    row["ours"] = ms(ours["median_ms"])
+    row["launched"] = ms(ours["launched"]["median_ms"]) if "launched" in ours else ""
+    row["of ceiling"] = f"{ours['percent_of_ceiling']:.1f} %"
+    for name in peers.TOPK_PEERS:
+        peer = case["peers"].get(name, {})
+        timed = "median_ms" in peer
+        row[name] = ms(peer["median_ms"]) if timed else ""
+        row[f"{name} ratio"] = f"{peer['ratio'] or 0:.2f}" if timed else ""
+        row[f"{name} launched"] = f"{peer['launched_ratio']:.2f}" if "launched_ratio" in peer else ""
+    return row
 
 
 def _failures(cases: Sequence[dict[str, Any]]) -> set[str]:

@@ -38,16 +38,16 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
         for side in ("dense", "sparse"):
             for metric in METRICS:
                 values = [run[side][metric] for run in runs]
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                facts = {"mean": statistics.fmean(values), "spread": spread}
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                facts = {"mean": statistics.fmean(values), "spread": deviation}  # the key of the committed results
                 summary.setdefault(name, {}).setdefault(side, {})[metric] = facts
     return summary
 
 
 def _cell(facts: dict[str, Any], metric: str) -> str:
     _, form, factor = METRICS[metric]
-    spread = "" if facts["spread"] is None else f" ± {factor * facts['spread']:{form}}"
-    return f"{factor * facts['mean']:{form}}{spread}"
+    deviation = "" if facts["spread"] is None else f" ± {factor * facts['spread']:{form}}"
+    return f"{factor * facts['mean']:{form}}{deviation}"
 
 
 def table(result: dict[str, Any]) -> str:
