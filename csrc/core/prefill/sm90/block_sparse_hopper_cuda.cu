@@ -177,15 +177,15 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     wgmma_commit();
     wgmma_wait<0>();
     pin(s);
-    // The half that comes first may be the sequence's last, and the first tile's second half may be nowhere: then it is
-    // the same keys again. Of keys past the end no logit is used, but 0 times their values is NaN if those are.
-    const int tail = num_keys - shared.first_key[0][0];
-    if (tail < kHalf) {
+    // The first tile may reach past the sequence's end. Of keys there no logit is used, but 0 times their values is NaN
+    // if those are. A half that is nowhere holds the other one's keys again.
+    const int first = shared.first_key[0][0];
+    const int second = shared.first_key[0][1] == kNowhere ? first : shared.first_key[0][1];
+    const int tails[2] = {max(min(num_keys - first, kHalf), 0), max(min(num_keys - second, kHalf), 0)};
+    if (tails[0] < kHalf || tails[1] < kHalf) {
       values.wait(shared.values);
-      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], kNext, tail, kHalf, threadIdx.x);
-      if (shared.first_key[0][1] == kNowhere) {
-        zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], kNext, kHalf + tail, kKeys, threadIdx.x);
-      }
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], kNext, tails[0], kHalf, threadIdx.x);
+      zero_rows<S::kTiles, 2 * kWarpgroup>(shared.v[0][0], kNext, kHalf + tails[1], kKeys, threadIdx.x);
       finish_zero_rows<2 * kWarpgroup>(1);
     }
     for (int tile = 0; tile < num_tiles; ++tile) {
