@@ -14,7 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from unique_attn import ops
 
-OPS = ["append_kv", "page_index", "page_scores", "topk_pages", "sparse_decode", "unique_decode"]
+OPS = [
+    "append_kv",
+    "page_index",
+    "page_scores",
+    "topk_pages",
+    "sparse_decode",
+    "unique_decode",
+    "block_sparse_attention",
+]
 SPEC = Spec((61, 38), num_tokens=2, group=3, page_size=8, dtype=torch.bfloat16)
 
 
@@ -37,6 +45,7 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
     table = {"block_table": case.block_table, "seq_lens": case.seq_lens}
     k, v = case.k.flatten(0, 1), case.v.flatten(0, 1)
     caches = (case.k_cache, case.v_cache)
+    bounds = torch.tensor([0, 3, 4], dtype=torch.int32, device=case.q.device)
     return {
         "append_kv": lambda: ops.append_kv(k, v, *caches, slots),
         "page_index": lambda: ops.page_index(
@@ -46,6 +55,15 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
         "topk_pages": lambda: ops.topk_pages(scores, case.seq_lens, 4, page_size=8, budget_pages=budget),
         "sparse_decode": lambda: ops.sparse_decode(case.q, *caches, selected, **table, page_size=8, window=40),
         "unique_decode": lambda: step(case, 4, budget_pages=budget),
+        "block_sparse_attention": lambda: ops.block_sparse_attention(
+            case.q.flatten(0, 1),
+            k,
+            v,
+            bounds,
+            bounds,
+            3,
+            ops.pack_block_mask(torch.ones_like(slots[:2]).bool().view(2, 1, 1)),
+        ),
     }
 
 
@@ -140,7 +158,7 @@ def test_lengths_change_without_recompilation(device: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["page_scores", "sparse_decode"])
+@pytest.mark.parametrize("name", ["page_scores", "sparse_decode", "block_sparse_attention"])
 def test_backward_says_that_there_is_none(device: str, name: str) -> None:
     case = finite_case(device)
     case.q.requires_grad_()

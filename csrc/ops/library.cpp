@@ -1,6 +1,7 @@
 // The schema table: the one place where the ops get their names and signatures. `rule` and `index_format` are Rule and
 // IndexFormat of types.h.
 #include "ops.h"
+#include "prefill.h"
 #include "training.h"
 
 STABLE_TORCH_LIBRARY(unique_attn, m) {
@@ -34,20 +35,24 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "soft_mask_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, int max_seqlen, Tensor? index, Tensor? theta, Tensor? tau, Tensor? pages, int page_size, "
       "int rule, float spread_weight, int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int max_seqlen_q, Tensor mask, int block_q, int block_k, float scale) -> (Tensor, Tensor)");
   // clang-format on
 }
 
 // One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.
-#define UA_REGISTER(m)                                                     \
-  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));                 \
-  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));               \
-  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));             \
-  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));               \
-  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));         \
-  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));         \
-  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));         \
-  m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward)); \
-  m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward))
+#define UA_REGISTER(m)                                                       \
+  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));                   \
+  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));                 \
+  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));               \
+  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));                 \
+  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));           \
+  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));           \
+  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));           \
+  m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward));   \
+  m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward)); \
+  m.impl("block_sparse_attention", TORCH_BOX(&unique_attn::block_sparse_attention))
 
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CPU, m) { UA_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CUDA, m) { UA_REGISTER(m); }

@@ -25,7 +25,8 @@ PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens
   args.range("max_seqlen", max_seqlen, 0, INT32_MAX / 2);
   args.page_size(page_size);
   const int64_t batch = cu_seqlens.size(0) - 1;
-  if (checks_values(args)) check_cu_seqlens(args.op(), cu_seqlens, total_tokens, max_seqlen);
+  if (checks_values(args))
+    check_cu_seqlens(args.op(), "cu_seqlens", cu_seqlens, total_tokens, "max_seqlen", max_seqlen);
   return {static_cast<const int32_t*>(cu_seqlens.data_ptr()), static_cast<int>(batch), static_cast<int>(total_tokens),
           static_cast<int>(std::min(max_seqlen, total_tokens)), static_cast<int>(page_size)};
 }

@@ -124,19 +124,32 @@ void check_slots(const char* op, const Tensor& slots, int64_t num_slots) {
   }
 }
 
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen) {
+void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t total_tokens,
+                      const char* max_name, int64_t max_seqlen) {
   const Tensor host = on_host(cu_seqlens);
   const auto* values = static_cast<const int32_t*>(host.data_ptr());
   const int64_t last = host.numel() - 1;
-  if (values[0] != 0) fail(op, "cu_seqlens", "expected 0 at [0], got ", values[0]);
+  if (values[0] != 0) fail(op, name, "expected 0 at [0], got ", values[0]);
   for (int64_t b = 0; b < last; ++b) {
     if (values[b + 1] < values[b] || values[b + 1] - values[b] > max_seqlen) {
-      fail(op, "cu_seqlens", "expected ascending numbers at most max_seqlen = ", max_seqlen, " apart, got ", values[b],
+      fail(op, name, "expected ascending numbers at most ", max_name, " = ", max_seqlen, " apart, got ", values[b],
            " and ", values[b + 1], " at [", b, "]");
     }
   }
   if (values[last] != total_tokens) {
-    fail(op, "cu_seqlens", "expected the number of tokens ", total_tokens, " at the end, got ", values[last]);
+    fail(op, name, "expected the number of tokens ", total_tokens, " at the end, got ", values[last]);
+  }
+}
+
+void check_queries_have_keys(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
+  const Tensor host_q = on_host(cu_seqlens_q), host_k = on_host(cu_seqlens_k);
+  const auto* q = static_cast<const int32_t*>(host_q.data_ptr());
+  const auto* k = static_cast<const int32_t*>(host_k.data_ptr());
+  for (int64_t b = 0; b + 1 < host_q.numel(); ++b) {
+    if (q[b + 1] - q[b] > k[b + 1] - k[b]) {
+      fail(op, "cu_seqlens_q", "expected at most as many queries as the sequence has keys, ", k[b + 1] - k[b], ", got ",
+           q[b + 1] - q[b], " at [", b, "]");
+    }
   }
 }
 

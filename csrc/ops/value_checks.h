@@ -31,9 +31,16 @@ void check_values(const char* op, const TableOnHost& host, const TopkPagesParams
 void check_values(const char* op, const TableOnHost& host, const SparseDecodeParams& params, const Tensor& pages);
 void check_slots(const char* op, const Tensor& slots, int64_t num_slots);
 
+// ---- Packed sequences. ----
+
+// `name` and `max_name`: what the op calls the argument, and the most tokens of a sequence.
+void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t total_tokens,
+                      const char* max_name, int64_t max_seqlen);
+// No sequence has more queries than keys. Both are good by themselves.
+void check_queries_have_keys(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k);
+
 // ---- Training. ----
 
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t total_tokens, int64_t max_seqlen);
 // The temperature is a positive number.
 void check_tau(const char* op, const Tensor& tau);
 // Every row of `pages` has ascending pages of its sequence, then -1. A repeated one changes nothing; debug mode names

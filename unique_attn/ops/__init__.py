@@ -1,11 +1,18 @@
 """The ops, in the order the data flows.
 
 Decoding: append -> index -> scores -> top-k -> attention. Training: index -> boundary -> soft mask attention.
+Prefill: block sparse attention.
 """
 
 from unique_attn.index_format import decode_index, index_entry_bytes, new_index
 from unique_attn.ops._autograd import NotDifferentiableError
 from unique_attn.ops.append_kv import append_kv
+from unique_attn.ops.block_sparse_attention import (
+    block_sparse_attention,
+    pack_block_mask,
+    query_block_slots,
+    unpack_block_mask,
+)
 from unique_attn.ops.page_boundary import page_boundary
 from unique_attn.ops.page_index import page_index
 from unique_attn.ops.page_scores import page_scores, score_dtype
@@ -20,15 +27,19 @@ __all__ = [
     "RULES",
     "NotDifferentiableError",
     "append_kv",
+    "block_sparse_attention",
     "decode_index",
     "index_entry_bytes",
     "new_index",
+    "pack_block_mask",
     "page_boundary",
     "page_index",
     "page_scores",
+    "query_block_slots",
     "score_dtype",
     "soft_mask_attention",
     "sparse_decode",
     "topk_pages",
     "unique_decode",
+    "unpack_block_mask",
 ]

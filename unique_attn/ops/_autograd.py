@@ -1,4 +1,4 @@
-"""Decode ops have no gradient. They say so by name instead of returning a silent zero."""
+"""The ops of decoding and of prefill have no gradient. They say so by name instead of returning a silent zero."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 
 class NotDifferentiableError(RuntimeError):
-    """Raised when a gradient is asked of a decode op."""
+    """Raised when a gradient is asked of an op that has none."""
 
 
-def _message(op: str) -> str:
+def _message(op: str, phase: str = "decode") -> str:
     return (
-        f"unique_attn::{op} is a decode op and has no gradient. Call it under torch.no_grad() or detach its "
+        f"unique_attn::{op} is a {phase} op and has no gradient. Call it under torch.no_grad() or detach its "
         "inputs; for training, run the model without a cache."
     )
 
 
-def register_no_backward(op: str) -> None:
-    """Make the backward pass through a functional op raise :class:`NotDifferentiableError`."""
+def register_no_backward(op: str, phase: str = "decode") -> None:
+    """Make the backward pass through a functional op of ``phase`` raise :class:`NotDifferentiableError`."""
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotDifferentiableError(_message(op))
+        raise NotDifferentiableError(_message(op, phase))
 
     torch.library.register_autograd(f"unique_attn::{op}", backward)
 

@@ -9,6 +9,7 @@
 #include "core/decode/sparse_decode.h"
 #include "core/index/append_kv.h"
 #include "core/index/page_index.h"
+#include "core/prefill/block_sparse.h"
 #include "core/select/page_scores.h"
 #include "core/select/topk_pages.h"
 #include "core/train/page_boundary.h"
@@ -33,6 +34,7 @@ namespace unique_attn {
   void page_boundary_cpu(const PageBoundaryParams&, const CpuExecutor&);          \
   void soft_mask_forward_cpu(const SoftMaskForwardParams&, const CpuExecutor&);   \
   void soft_mask_backward_cpu(const SoftMaskBackwardParams&, const CpuExecutor&); \
+  void block_sparse_attention_cpu(const BlockSparseParams&, const CpuExecutor&);  \
   }
 UA_FOR_EACH_ISA(UA_DECLARE_ISA)
 
@@ -48,18 +50,20 @@ struct Kernels {
   void (*page_boundary)(const PageBoundaryParams&, const CpuExecutor&);
   void (*soft_mask_forward)(const SoftMaskForwardParams&, const CpuExecutor&);
   void (*soft_mask_backward)(const SoftMaskBackwardParams&, const CpuExecutor&);
+  void (*block_sparse_attention)(const BlockSparseParams&, const CpuExecutor&);
 };
 
-#define UA_KERNELS(isa)        \
-  {#isa,                       \
-   isa::append_kv_cpu,         \
-   isa::page_index_cpu,        \
-   isa::page_scores_cpu,       \
-   isa::topk_pages_cpu,        \
-   isa::sparse_decode_cpu,     \
-   isa::page_boundary_cpu,     \
-   isa::soft_mask_forward_cpu, \
-   isa::soft_mask_backward_cpu},
+#define UA_KERNELS(isa)         \
+  {#isa,                        \
+   isa::append_kv_cpu,          \
+   isa::page_index_cpu,         \
+   isa::page_scores_cpu,        \
+   isa::topk_pages_cpu,         \
+   isa::sparse_decode_cpu,      \
+   isa::page_boundary_cpu,      \
+   isa::soft_mask_forward_cpu,  \
+   isa::soft_mask_backward_cpu, \
+   isa::block_sparse_attention_cpu},
 constexpr Kernels kKernels[] = {UA_FOR_EACH_ISA(UA_KERNELS)};  // from the lowest
 constexpr int kNumIsas = sizeof(kKernels) / sizeof(kKernels[0]);
 
@@ -116,6 +120,9 @@ void soft_mask_forward_cpu(const SoftMaskForwardParams& params, const CpuExecuto
 }
 void soft_mask_backward_cpu(const SoftMaskBackwardParams& params, const CpuExecutor& exec) {
   kernels().soft_mask_backward(params, exec);
+}
+void block_sparse_attention_cpu(const BlockSparseParams& params, const CpuExecutor& exec) {
+  kernels().block_sparse_attention(params, exec);
 }
 
 }  // namespace unique_attn

@@ -1,7 +1,7 @@
-// Tiles of matrix products for the training kernels. A warp owns 16 rows of an accumulator whose layout is that of
-// mma.sync m16n8k16: lane l holds rows l/4 and l/4 + 8 and, of every 8 columns, columns 2 (l % 4) and the next. 16-bit
-// types multiply on the tensor cores from shared memory; fp32 has no tensor cores of its own precision and takes fused
-// multiply-adds in the same layout.
+// Tiles of matrix products for the kernels of training and prefill. A warp owns 16 rows of an accumulator whose layout
+// is that of mma.sync m16n8k16: lane l holds rows l/4 and l/4 + 8 and, of every 8 columns, columns 2 (l % 4) and the
+// next. 16-bit types multiply on the tensor cores from shared memory; fp32 has no tensor cores of its own precision and
+// takes fused multiply-adds in the same layout.
 #pragma once
 
 #include "core/cuda/async_copy.cuh"
@@ -14,6 +14,20 @@ namespace unique_attn {
 template <typename T>
 UA_HD constexpr int tile_stride(int columns) {
   return columns + 16 / static_cast<int>(sizeof(T));
+}
+
+// Rows [0, num_rows) of `rows(r)` (a pointer to D channels, or null for zeros) into a tile of DP columns.
+template <int DP, int kThreads, typename T, typename Rows>
+__device__ __forceinline__ void load_tile(T* tile, int num_rows, int head_dim, const Rows& rows) {
+  constexpr int kChannels = 16 / static_cast<int>(sizeof(T));
+  constexpr int kChunks = DP / kChannels;
+  for (int i = threadIdx.x; i < num_rows * kChunks; i += kThreads) {
+    const int row = i / kChunks;
+    const int channel = i % kChunks * kChannels;
+    const T* source = rows(row);
+    const bool valid = source != nullptr && channel < head_dim;
+    copy_async16(tile + row * tile_stride<T>(DP) + channel, valid ? source + channel : tile, valid);
+  }
 }
 
 __device__ __forceinline__ void load_matrix4(unsigned (&r)[4], const void* p) {

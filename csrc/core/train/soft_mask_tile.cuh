@@ -28,20 +28,6 @@ __device__ __forceinline__ Segment segment(const SoftMaskForwardParams& p, int b
   return {b, head, p.num_q_heads / p.num_kv_heads, start, p.seqs.cu_seqlens[b + 1] - start};
 }
 
-// Rows [0, num_rows) of `rows(r)` (a pointer to D channels, or null for zeros) into a tile of DP columns.
-template <int DP, int kThreads, typename T, typename Rows>
-__device__ __forceinline__ void load_tile(T* tile, int num_rows, int head_dim, const Rows& rows) {
-  constexpr int kChannels = 16 / static_cast<int>(sizeof(T));
-  constexpr int kChunks = DP / kChannels;
-  for (int i = threadIdx.x; i < num_rows * kChunks; i += kThreads) {
-    const int row = i / kChunks;
-    const int channel = i % kChunks * kChannels;
-    const T* source = rows(row);
-    const bool valid = source != nullptr && channel < head_dim;
-    copy_async16(tile + row * tile_stride<T>(DP) + channel, valid ? source + channel : tile, valid);
-  }
-}
-
 // The index entries of the pages of one tile of keys.
 template <typename T, int DP>
 struct PageTile {

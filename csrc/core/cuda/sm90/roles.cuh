@@ -92,7 +92,8 @@ struct Ring {
 };
 
 // Sets up barriers (by one thread) and shared memory (`prepare`, by all threads: what no copy fills), then splits the
-// block into roles. Returns the warpgroup.
+// block into roles. Returns the warpgroup; the branch on Roles::copies must follow at once, or the compiler has one number
+// of registers for what both roles run and ignores that they differ.
 template <typename Roles, typename Barriers, typename Prepare>
 __device__ __forceinline__ int enter_roles(const Barriers& barriers, const Prepare& prepare) {
   const int warpgroup = warpgroup_index();

@@ -27,6 +27,16 @@ __device__ __forceinline__ void pin(R (&registers)[kCount]) {
   }
 }
 
+// Keeps registers that a product in flight reads from being given to anything else before this point: ptxas (13.0) has
+// been seen to reuse an operand while a product read it. `never` is a condition that the compiler takes for possible.
+template <int kCount>
+__device__ __forceinline__ void keep_operand(const unsigned (&operand)[kCount], bool never, void* shared) {
+  if (never) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) static_cast<volatile unsigned*>(shared)[i] = operand[i];
+  }
+}
+
 // Descriptor of a tile of swizzled rows. K-major (the product sums along a row): 8 rows are 1024 bytes. Otherwise
 // (the product sums over rows, a row holds 64 outputs): `next` bytes lead to the tile with the next 64 outputs.
 __device__ __forceinline__ uint64_t tile_descriptor(const void* tile, int next = 16) {

@@ -90,16 +90,6 @@ __device__ __forceinline__ void load_row_gates(float (&gates)[kBlocks], const __
     for (int n = 0; n < kBlocks; ++n) gates[n] = __half2float(of_row[(n * 8 + column) >> page_shift]);
   }
 }
-
-// Keeps registers that a product in flight reads from being given to anything else before this point: ptxas (13.0) has
-// been seen to reuse an operand while a product read it. `never` is a condition that the compiler takes for possible.
-template <int kCount>
-__device__ __forceinline__ void keep_operand(const unsigned (&operand)[kCount], bool never, void* shared) {
-  if (never) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) static_cast<volatile unsigned*>(shared)[i] = operand[i];
-  }
-}
 #endif
 
 // Tiles of `tile_tokens` tokens in the longest sequence's part of `span` tokens; and of the chunk's queries.

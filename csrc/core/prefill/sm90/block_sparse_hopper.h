@@ -1,0 +1,13 @@
+// The Hopper kernel of block_sparse_attention.
+#pragma once
+
+#include "core/cuda/device.h"
+#include "core/prefill/block_sparse.h"
+
+namespace unique_attn {
+
+// Whether it can: 16-bit inputs of 64 or 128 channels in query blocks of 128, on a Hopper GPU.
+bool block_sparse_on_hopper(const BlockSparseParams& params, const DeviceFacts& device);
+cudaError_t block_sparse_attention_hopper(const BlockSparseParams& params, cudaStream_t stream);
+
+}  // namespace unique_attn

@@ -1,0 +1,98 @@
+#include <algorithm>
+
+#include "prefill.h"
+#include "training.h"
+#include "value_checks.h"
+
+namespace unique_attn {
+namespace {
+
+void block_length(const Arguments& args, const char* name, int64_t length) {
+  if (length != 64 && length != 128) fail(args.op(), name, "expected 64 or 128, got ", length);
+}
+
+const int32_t* bounds(const Arguments& args, const char* name, const Tensor& cu_seqlens) {
+  args.tensor(name, cu_seqlens, ScalarType::Int, 1);
+  args.contiguous(name, cu_seqlens);
+  if (cu_seqlens.size(0) < 1) fail(args.op(), name, "expected B + 1 numbers, got none");
+  return static_cast<const int32_t*>(cu_seqlens.data_ptr());
+}
+
+void check_mask(const Arguments& args, const Tensor& mask, const BlockSparseParams& p) {
+  args.tensor("mask", mask, ScalarType::Int, 3);
+  args.contiguous("mask", mask);
+  const int64_t slots = num_query_block_slots(p.total_queries, p.batch, p.block_q);
+  if (mask.size(0) < slots) {
+    fail(args.op(), "mask", "expected at least ", slots, " query block slots in dimension 0, got ", mask.size(0));
+  }
+  const int64_t heads = mask.size(1);
+  if (heads != 1 && heads != p.num_kv_heads && heads != p.num_q_heads) {
+    fail(args.op(), "mask", "expected 1, ", p.num_kv_heads, " (KV heads) or ", p.num_q_heads,
+         " (query heads) in dimension 1, got ", heads);
+  }
+  // Bits must be numbers, and so must the first key of the block that the last one stands for.
+  const int64_t most = INT32_MAX / 2 / kMaskBits / p.block_k;
+  if (mask.size(2) > most) {
+    fail(args.op(), "mask", "expected at most ", most, " words in dimension 2, got ", mask.size(2));
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                                                  Tensor cu_seqlens_k, int64_t max_seqlen_q, Tensor mask,
+                                                  int64_t block_q, int64_t block_k, double scale) {
+  constexpr const char* kOp = "block_sparse_attention";
+  const Arguments args(kOp, "q", q);
+  args.floating("q", q, 3);
+  args.floating("k", k, 3);
+  args.floating("v", v, 3);
+  BlockSparseParams p{};
+  p.dtype = args.dtype();
+  block_length(args, "block_q", block_q);
+  block_length(args, "block_k", block_k);
+  p.block_q = static_cast<int>(block_q);
+  p.block_k = static_cast<int>(block_k);
+  p.cu_seqlens_q = bounds(args, "cu_seqlens_q", cu_seqlens_q);
+  p.cu_seqlens_k = bounds(args, "cu_seqlens_k", cu_seqlens_k);
+  args.size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "as in cu_seqlens_q");
+  args.range("tokens of q", q.size(0), 0, INT32_MAX / 2);
+  args.range("tokens of k", k.size(0), 0, INT32_MAX / 2);
+  args.range("max_seqlen_q", max_seqlen_q, 0, INT32_MAX / 2);
+  Tensor keep_q, keep_k, keep_v;
+  const TokenView q_view = packed_tokens(args, "q", q, keep_q);
+  const TokenView k_view = packed_tokens(args, "k", k, keep_k);
+  const TokenView v_view = packed_tokens(args, "v", v, keep_v);
+  args.size("k", k, 2, q.size(2), "head dimension of q");
+  for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
+  args.groups(q.size(1), k.size(1));
+  p.batch = static_cast<int>(cu_seqlens_q.size(0) - 1);
+  p.num_q_heads = static_cast<int>(q.size(1));
+  p.num_kv_heads = static_cast<int>(k.size(1));
+  p.head_dim = static_cast<int>(q.size(2));
+  p.total_queries = static_cast<int>(q.size(0));
+  p.total_keys = static_cast<int>(k.size(0));
+  p.max_queries = static_cast<int>(std::min(max_seqlen_q, q.size(0)));
+  p.scale = scale;
+  check_mask(args, mask, p);
+  p.num_mask_heads = static_cast<int>(mask.size(1));
+  p.mask_words = static_cast<int>(mask.size(2));
+  p.mask = static_cast<const uint32_t*>(mask.data_ptr());
+  if (checks_values(args)) {
+    check_cu_seqlens(kOp, "cu_seqlens_q", cu_seqlens_q, q.size(0), "max_seqlen_q", max_seqlen_q);
+    check_cu_seqlens(kOp, "cu_seqlens_k", cu_seqlens_k, k.size(0), "the number of keys", k.size(0));
+    check_queries_have_keys(kOp, cu_seqlens_q, cu_seqlens_k);
+  }
+  p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
+  p.k = k_view.data, p.k_stride_token = k_view.stride_token, p.k_stride_head = k_view.stride_head;
+  p.v = v_view.data, p.v_stride_token = v_view.stride_token, p.v_stride_head = v_view.stride_head;
+  const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
+  p.out = out.data_ptr();
+  p.lse = lse.data_ptr();
+  Runner(kOp, q).run(p, block_sparse_attention_cpu, UA_CUDA(block_sparse_attention_cuda));
+  return {out, lse};
+}
+
+}  // namespace unique_attn
