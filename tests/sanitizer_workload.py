@@ -75,6 +75,19 @@ def training_step(dtype: torch.dtype, group: int, head_dim: int, page_size: int,
     out.backward(torch.randn_like(out))
 
 
+def prefill(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, mask_heads: int) -> None:
+    """Attention over listed blocks of two sequences, one with more keys than queries."""
+    q = torch.randn(300, 4, head_dim, device="cuda").to(dtype)
+    k, v = torch.randn(2, 500, 2, head_dim, device="cuda").to(dtype)
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 170, 300], [0, 333, 500])
+    )
+    listed = torch.rand(300 // block_q + 2, mask_heads, -(-333 // block_k), device="cuda") < 0.6
+    ops.block_sparse_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, 170, ops.pack_block_mask(listed), block_q=block_q, block_k=block_k
+    )
+
+
 def main() -> None:
     torch.manual_seed(0)
     shapes = [(4, 128, 8), (3, 64, 4), (7, 72, 16), (16, 256, 64), (1, 8, 32)]
@@ -88,6 +101,8 @@ def main() -> None:
     for dtype in DTYPES:
         for index_format in ("exact", "compressed"):
             out_of_range_step(dtype, index_format)
+        for shape in ((64, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 1), (40, 64, 128, 4), (256, 128, 64, 1)):
+            prefill(dtype, *shape)
     topk = torch.randn(2, 1, 2, 9000, device="cuda")
     lens = torch.full((2,), 9000 * 8, dtype=torch.int32, device="cuda")
     for scores in (topk, topk.bfloat16()):
