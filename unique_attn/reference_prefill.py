@@ -89,10 +89,11 @@ def kept_blocks(
 ) -> tuple[list[int], float]:
     """The blocks of one row that are kept, in the order of choice, and the part of all shares that they have.
 
-    ``shares`` and ``forced``: of the key blocks that the query block sees. Sums are of whole numbers of 2^-32.
+    ``shares`` and ``forced``: of the key blocks that the query block sees. Shares and ``threshold`` are numbers of fp32;
+    sums are of whole numbers of 2^-32, to which shares are rounded, halves up.
     """
     shares = [share if math.isnan(share) else min(max(share, 0.0), 1.0) for share in shares]
-    whole = [0 if math.isnan(share) else round(share * 2**32) for share in shares]
+    whole = [0 if math.isnan(share) else math.floor(share * 2**32 + 0.5) for share in shares]
     total = sum(whole)
 
     def rank(block: int) -> tuple[bool, bool, float, int]:
@@ -128,7 +129,8 @@ def select_blocks(
     block_k: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """The packed mask int32 ``[slots, Hm, words]`` and ``kept`` fp32 ``[slots, Hm]``, on the CPU, by whole numbers:
-    the op's results bit for bit."""
+    the op's results bit for bit. Shares of fp64 count as fp32, and so does ``threshold``."""
+    threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32).item()
     slots, heads, key_blocks = shares.shape
     words = torch.zeros(slots, heads, -(-key_blocks // 32), dtype=torch.int64)
     kept = torch.ones(slots, heads)
@@ -141,7 +143,7 @@ def select_blocks(
             forced = [j == 0 or first // block_k <= j <= last // block_k for j in range(visible)]
             slot = bounds_q[b] // block_q + b + i
             for head in range(heads):
-                row = shares[slot, head, :visible].tolist()
+                row = shares[slot, head, :visible].float().tolist()
                 blocks, part = kept_blocks(row, forced, threshold, top_p, min_blocks, max_blocks)
                 kept[slot, head] = part
                 for block in blocks:
