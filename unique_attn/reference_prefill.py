@@ -89,7 +89,7 @@ def kept_blocks(
 ) -> tuple[list[int], float]:
     """The blocks of one row that are kept, in the order of choice, and the part of all shares that they have.
 
-    ``shares`` and ``forced``: of the key blocks that the query block sees. Shares and ``threshold`` are numbers of fp32;
+    ``shares`` and ``forced``: of the key blocks that the query block sees. Shares and ``threshold`` are fp32 numbers;
     sums are of whole numbers of 2^-32, to which shares are rounded, halves up.
     """
     shares = [share if math.isnan(share) else min(max(share, 0.0), 1.0) for share in shares]
