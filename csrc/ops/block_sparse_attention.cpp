@@ -21,7 +21,7 @@ const int32_t* bounds(const Arguments& args, const char* name, const Tensor& cu_
 void check_mask(const Arguments& args, const Tensor& mask, const BlockSparseParams& p) {
   args.tensor("mask", mask, ScalarType::Int, 3);
   args.contiguous("mask", mask);
-  const int64_t slots = num_query_block_slots(p.total_queries, p.batch, p.block_q);
+  const int64_t slots = num_block_slots(p.total_queries, p.batch, p.block_q);
   if (mask.size(0) < slots) {
     fail(args.op(), "mask", "expected at least ", slots, " query block slots in dimension 0, got ", mask.size(0));
   }
@@ -39,6 +39,75 @@ void check_mask(const Arguments& args, const Tensor& mask, const BlockSparsePara
 
 }  // namespace
 
+PrefillBatch prefill_batch(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                           int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t block_q,
+                           int64_t block_k) {
+  PrefillBatch batch{};
+  block_length(args, "block_q", block_q);
+  block_length(args, "block_k", block_k);
+  batch.block_q = static_cast<int>(block_q);
+  batch.block_k = static_cast<int>(block_k);
+  batch.cu_seqlens_q = bounds(args, "cu_seqlens_q", cu_seqlens_q);
+  batch.cu_seqlens_k = bounds(args, "cu_seqlens_k", cu_seqlens_k);
+  args.size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "as in cu_seqlens_q");
+  args.range("tokens of q", total_queries, 0, INT32_MAX / 2);
+  args.range("tokens of k", total_keys, 0, INT32_MAX / 2);
+  args.range("max_seqlen_q", max_seqlen_q, 0, INT32_MAX / 2);
+  batch.batch = static_cast<int>(cu_seqlens_q.size(0) - 1);
+  batch.total_queries = static_cast<int>(total_queries);
+  batch.total_keys = static_cast<int>(total_keys);
+  batch.max_queries = static_cast<int>(std::min(max_seqlen_q, total_queries));
+  return batch;
+}
+
+void check_prefill_bounds(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                          int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  if (!checks_values(args)) return;
+  check_cu_seqlens(args.op(), "cu_seqlens_q", cu_seqlens_q, total_queries, "max_seqlen_q", max_seqlen_q);
+  check_cu_seqlens(args.op(), "cu_seqlens_k", cu_seqlens_k, total_keys,
+                   max_seqlen_k < 0 ? "the number of keys" : "max_seqlen_k",
+                   max_seqlen_k < 0 ? total_keys : max_seqlen_k);
+  check_queries_have_keys(args.op(), cu_seqlens_q, cu_seqlens_k);
+}
+
+BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const PrefillBatch& batch, double scale) {
+  BlockSparseCall call;
+  BlockSparseParams& p = call.params;
+  p.dtype = args.dtype();
+  const TokenView q_view = packed_tokens(args, "q", q, call.q);
+  const TokenView k_view = packed_tokens(args, "k", k, call.k);
+  const TokenView v_view = packed_tokens(args, "v", v, call.v);
+  args.size("k", k, 2, q.size(2), "head dimension of q");
+  for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
+  args.groups(q.size(1), k.size(1));
+  p.batch = batch.batch;
+  p.num_q_heads = static_cast<int>(q.size(1));
+  p.num_kv_heads = static_cast<int>(k.size(1));
+  p.head_dim = static_cast<int>(q.size(2));
+  p.total_queries = batch.total_queries;
+  p.total_keys = batch.total_keys;
+  p.max_queries = batch.max_queries;
+  p.block_q = batch.block_q;
+  p.block_k = batch.block_k;
+  p.cu_seqlens_q = batch.cu_seqlens_q;
+  p.cu_seqlens_k = batch.cu_seqlens_k;
+  p.scale = scale;
+  p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
+  p.k = k_view.data, p.k_stride_token = k_view.stride_token, p.k_stride_head = k_view.stride_head;
+  p.v = v_view.data, p.v_stride_token = v_view.stride_token, p.v_stride_head = v_view.stride_head;
+  return call;
+}
+
+std::tuple<Tensor, Tensor> block_sparse_results(const Tensor& q, BlockSparseParams& params) {
+  const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
+  params.out = out.data_ptr();
+  params.lse = lse.data_ptr();
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, Tensor mask,
                                                   int64_t block_q, int64_t block_k, double scale) {
@@ -47,52 +116,18 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
   args.floating("q", q, 3);
   args.floating("k", k, 3);
   args.floating("v", v, 3);
-  BlockSparseParams p{};
-  p.dtype = args.dtype();
-  block_length(args, "block_q", block_q);
-  block_length(args, "block_k", block_k);
-  p.block_q = static_cast<int>(block_q);
-  p.block_k = static_cast<int>(block_k);
-  p.cu_seqlens_q = bounds(args, "cu_seqlens_q", cu_seqlens_q);
-  p.cu_seqlens_k = bounds(args, "cu_seqlens_k", cu_seqlens_k);
-  args.size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "as in cu_seqlens_q");
-  args.range("tokens of q", q.size(0), 0, INT32_MAX / 2);
-  args.range("tokens of k", k.size(0), 0, INT32_MAX / 2);
-  args.range("max_seqlen_q", max_seqlen_q, 0, INT32_MAX / 2);
-  Tensor keep_q, keep_k, keep_v;
-  const TokenView q_view = packed_tokens(args, "q", q, keep_q);
-  const TokenView k_view = packed_tokens(args, "k", k, keep_k);
-  const TokenView v_view = packed_tokens(args, "v", v, keep_v);
-  args.size("k", k, 2, q.size(2), "head dimension of q");
-  for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
-  args.groups(q.size(1), k.size(1));
-  p.batch = static_cast<int>(cu_seqlens_q.size(0) - 1);
-  p.num_q_heads = static_cast<int>(q.size(1));
-  p.num_kv_heads = static_cast<int>(k.size(1));
-  p.head_dim = static_cast<int>(q.size(2));
-  p.total_queries = static_cast<int>(q.size(0));
-  p.total_keys = static_cast<int>(k.size(0));
-  p.max_queries = static_cast<int>(std::min(max_seqlen_q, q.size(0)));
-  p.scale = scale;
+  const PrefillBatch batch =
+      prefill_batch(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, block_q, block_k);
+  BlockSparseCall call = prepare_block_sparse(args, q, k, v, batch, scale);
+  BlockSparseParams& p = call.params;
   check_mask(args, mask, p);
   p.num_mask_heads = static_cast<int>(mask.size(1));
   p.mask_words = static_cast<int>(mask.size(2));
   p.mask = static_cast<const uint32_t*>(mask.data_ptr());
-  if (checks_values(args)) {
-    check_cu_seqlens(kOp, "cu_seqlens_q", cu_seqlens_q, q.size(0), "max_seqlen_q", max_seqlen_q);
-    check_cu_seqlens(kOp, "cu_seqlens_k", cu_seqlens_k, k.size(0), "the number of keys", k.size(0));
-    check_queries_have_keys(kOp, cu_seqlens_q, cu_seqlens_k);
-  }
-  p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
-  p.k = k_view.data, p.k_stride_token = k_view.stride_token, p.k_stride_head = k_view.stride_head;
-  p.v = v_view.data, p.v_stride_token = v_view.stride_token, p.v_stride_head = v_view.stride_head;
-  const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
-  p.out = out.data_ptr();
-  p.lse = lse.data_ptr();
+  check_prefill_bounds(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, -1);
+  std::tuple<Tensor, Tensor> results = block_sparse_results(q, p);
   Runner(kOp, q).run(p, block_sparse_attention_cpu, UA_CUDA(block_sparse_attention_cuda));
-  return {out, lse};
+  return results;
 }
 
 }  // namespace unique_attn

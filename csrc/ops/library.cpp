@@ -38,21 +38,36 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "int max_seqlen_q, Tensor mask, int block_q, int block_k, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, int rule, bool pools_heads, int aggregate, int pool_q, int pool_k, int block_q, int block_k, "
+      "float spread_weight, float scale) -> Tensor");
+  m.def(
+      "select_blocks(Tensor shares, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? threshold, float? top_p, "
+      "int min_blocks, int? max_blocks, int block_q, int block_k) -> (Tensor, Tensor)");
+  m.def(
+      "unique_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, int rule, bool pools_heads, int aggregate, float? threshold, float? top_p, int min_blocks, "
+      "int? max_blocks, int pool_q, int pool_k, int block_q, int block_k, float spread_weight, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // clang-format on
 }
 
 // One function serves both devices: it looks at its tensors. A build without CUDA kernels says so there.
-#define UA_REGISTER(m)                                                       \
-  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));                   \
-  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));                 \
-  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));               \
-  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));                 \
-  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));           \
-  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));           \
-  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));           \
-  m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward));   \
-  m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward)); \
-  m.impl("block_sparse_attention", TORCH_BOX(&unique_attn::block_sparse_attention))
+#define UA_REGISTER(m)                                                               \
+  m.impl("append_kv", TORCH_BOX(&unique_attn::append_kv));                           \
+  m.impl("page_index", TORCH_BOX(&unique_attn::page_index));                         \
+  m.impl("page_scores", TORCH_BOX(&unique_attn::page_scores));                       \
+  m.impl("topk_pages", TORCH_BOX(&unique_attn::topk_pages));                         \
+  m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));                   \
+  m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));                   \
+  m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));                   \
+  m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward));           \
+  m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward));         \
+  m.impl("block_sparse_attention", TORCH_BOX(&unique_attn::block_sparse_attention)); \
+  m.impl("composite_blocks", TORCH_BOX(&unique_attn::composite_blocks));             \
+  m.impl("select_blocks", TORCH_BOX(&unique_attn::select_blocks));                   \
+  m.impl("unique_prefill", TORCH_BOX(&unique_attn::unique_prefill))
 
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CPU, m) { UA_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(unique_attn, CUDA, m) { UA_REGISTER(m); }

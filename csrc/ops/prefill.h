@@ -1,15 +1,81 @@
 // The ops of sparse prefill. As in ops.h, everything is checked before anything runs.
 #pragma once
 
+#include <vector>
+
 #include "arguments.h"
 #include "core/prefill/block_sparse.h"
+#include "core/prefill/composite_blocks.h"
+#include "core/prefill/select_blocks.h"
 
 namespace unique_attn {
 
+// ---- Checked calls: Params, and the tensors whose memory they point into. ----
+
+// What the three ops know of a packed batch of queries and keys.
+struct PrefillBatch {
+  int batch;
+  int total_queries, total_keys;
+  int max_queries;
+  int block_q, block_k;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+};
+
+PrefillBatch prefill_batch(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                           int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t block_q,
+                           int64_t block_k);
+// The values of the bounds, where they are looked at; max_seqlen_k -1 where the op is not given it.
+void check_prefill_bounds(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                          int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t max_seqlen_k);
+
+// Without results and workspace.
+struct CompositeBlocksCall {
+  CompositeBlocksParams params{};
+  Tensor q, k;
+};
+CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor& q, const Tensor& k,
+                                             const PrefillBatch& batch, int64_t max_seqlen_k, int64_t rule,
+                                             bool pools_heads, int64_t aggregate, int64_t pool_q, int64_t pool_k,
+                                             double spread_weight, double scale);
+// Memory for the pages and, on CUDA, to work in; entered in the Params.
+std::vector<Tensor> composite_memory(const Tensor& q, CompositeBlocksParams& params);
+
+// Without shares and results.
+SelectBlocksParams prepare_select_blocks(const Arguments& args, const PrefillBatch& batch, int64_t heads,
+                                         int64_t key_blocks, std::optional<double> threshold,
+                                         std::optional<double> top_p, int64_t min_blocks,
+                                         std::optional<int64_t> max_blocks);
+
+// Without mask and results.
+struct BlockSparseCall {
+  BlockSparseParams params{};
+  Tensor q, k, v;
+};
+BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const PrefillBatch& batch, double scale);
+// The results `out` and `lse`, entered in the Params.
+std::tuple<Tensor, Tensor> block_sparse_results(const Tensor& q, BlockSparseParams& params);
+
 // ---- The registered functions; library.cpp has their schemas. ----
+
+Tensor composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
+                        int64_t max_seqlen_k, int64_t rule, bool pools_heads, int64_t aggregate, int64_t pool_q,
+                        int64_t pool_k, int64_t block_q, int64_t block_k, double spread_weight, double scale);
+
+std::tuple<Tensor, Tensor> select_blocks(Tensor shares, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                         std::optional<double> threshold, std::optional<double> top_p,
+                                         int64_t min_blocks, std::optional<int64_t> max_blocks, int64_t block_q,
+                                         int64_t block_k);
 
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, Tensor mask,
                                                   int64_t block_q, int64_t block_k, double scale);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> unique_prefill(
+    Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    int64_t rule, bool pools_heads, int64_t aggregate, std::optional<double> threshold, std::optional<double> top_p,
+    int64_t min_blocks, std::optional<int64_t> max_blocks, int64_t pool_q, int64_t pool_k, int64_t block_q,
+    int64_t block_k, double spread_weight, double scale);
 
 }  // namespace unique_attn

@@ -10,6 +10,8 @@
 #include "core/index/append_kv.h"
 #include "core/index/page_index.h"
 #include "core/prefill/block_sparse.h"
+#include "core/prefill/composite_blocks.h"
+#include "core/prefill/select_blocks.h"
 #include "core/select/page_scores.h"
 #include "core/select/topk_pages.h"
 #include "core/train/page_boundary.h"
@@ -35,6 +37,8 @@ namespace unique_attn {
   void soft_mask_forward_cpu(const SoftMaskForwardParams&, const CpuExecutor&);   \
   void soft_mask_backward_cpu(const SoftMaskBackwardParams&, const CpuExecutor&); \
   void block_sparse_attention_cpu(const BlockSparseParams&, const CpuExecutor&);  \
+  void composite_blocks_cpu(const CompositeBlocksParams&, const CpuExecutor&);    \
+  void select_blocks_cpu(const SelectBlocksParams&, const CpuExecutor&);          \
   }
 UA_FOR_EACH_ISA(UA_DECLARE_ISA)
 
@@ -51,19 +55,23 @@ struct Kernels {
   void (*soft_mask_forward)(const SoftMaskForwardParams&, const CpuExecutor&);
   void (*soft_mask_backward)(const SoftMaskBackwardParams&, const CpuExecutor&);
   void (*block_sparse_attention)(const BlockSparseParams&, const CpuExecutor&);
+  void (*composite_blocks)(const CompositeBlocksParams&, const CpuExecutor&);
+  void (*select_blocks)(const SelectBlocksParams&, const CpuExecutor&);
 };
 
-#define UA_KERNELS(isa)         \
-  {#isa,                        \
-   isa::append_kv_cpu,          \
-   isa::page_index_cpu,         \
-   isa::page_scores_cpu,        \
-   isa::topk_pages_cpu,         \
-   isa::sparse_decode_cpu,      \
-   isa::page_boundary_cpu,      \
-   isa::soft_mask_forward_cpu,  \
-   isa::soft_mask_backward_cpu, \
-   isa::block_sparse_attention_cpu},
+#define UA_KERNELS(isa)             \
+  {#isa,                            \
+   isa::append_kv_cpu,              \
+   isa::page_index_cpu,             \
+   isa::page_scores_cpu,            \
+   isa::topk_pages_cpu,             \
+   isa::sparse_decode_cpu,          \
+   isa::page_boundary_cpu,          \
+   isa::soft_mask_forward_cpu,      \
+   isa::soft_mask_backward_cpu,     \
+   isa::block_sparse_attention_cpu, \
+   isa::composite_blocks_cpu,       \
+   isa::select_blocks_cpu},
 constexpr Kernels kKernels[] = {UA_FOR_EACH_ISA(UA_KERNELS)};  // from the lowest
 constexpr int kNumIsas = sizeof(kKernels) / sizeof(kKernels[0]);
 
@@ -123,6 +131,12 @@ void soft_mask_backward_cpu(const SoftMaskBackwardParams& params, const CpuExecu
 }
 void block_sparse_attention_cpu(const BlockSparseParams& params, const CpuExecutor& exec) {
   kernels().block_sparse_attention(params, exec);
+}
+void composite_blocks_cpu(const CompositeBlocksParams& params, const CpuExecutor& exec) {
+  kernels().composite_blocks(params, exec);
+}
+void select_blocks_cpu(const SelectBlocksParams& params, const CpuExecutor& exec) {
+  kernels().select_blocks(params, exec);
 }
 
 }  // namespace unique_attn

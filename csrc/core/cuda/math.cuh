@@ -23,6 +23,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // exp2(x - m) where m is the maximum so far; -inf - (-inf) counts as "no weight".
 __device__ __forceinline__ float softmax_weight(float x, float m) { return x == -INFINITY ? 0.f : exp2f(x - m); }
 

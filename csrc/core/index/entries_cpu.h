@@ -1,4 +1,4 @@
-// Compressed index entries on the CPU: written channel by channel, read vector by vector.
+// Index entries on the CPU: exact ones from keys; compressed ones written channel by channel, read vector by vector.
 #pragma once
 
 #include "core/cpu/tile.h"
@@ -6,6 +6,47 @@
 
 namespace unique_attn {
 namespace UA_ISA {
+
+// Exact entry, as numbers of type Out, of a page whose keys start at `keys` and lie `stride` elements apart.
+template <typename RuleT, typename T, typename Out>
+UA_INLINE void encode_page(const T* keys, int64_t stride, int count, int head_dim, Out* entry) {
+  using Acc = AccOf<T>;
+  using V = Vec<Acc>;
+  const V tokens(static_cast<Acc>(count));
+  V terms(Acc(0));
+  each_vector<Acc>(head_dim, [&](int d, auto part) __attribute__((always_inline)) {
+    const T* column = keys + d;
+    ChannelStats<V> stats;
+    stats.min = stats.max = load(column, part);
+    V sum(Acc(0));
+    for (int j = 0; j < count; ++j) {
+      const V x = load(column + j * stride, part);
+      sum += x;
+      stats.min = min_or_nan(stats.min, x);
+      stats.max = max_or_nan(stats.max, x);
+    }
+    stats.mean = sum / tokens;
+    V squares(Acc(0));
+    for (int j = 0; j < count; ++j) {
+      const V diff = load(column + j * stride, part) - stats.mean;
+      squares += diff * diff;
+    }
+    stats.var = squares / tokens;
+    terms += RuleT::term(stats);
+    V a, b(Acc(0));
+    RuleT::encode(stats, a, b);
+    store(entry + d, a, part);
+    if constexpr (RuleT::kVectors > 1) store(entry + head_dim + d, b, part);
+  });
+  if constexpr (RuleT::kScalar) {
+    // The whole slot is written, so that equal pages have equal bytes.
+    alignas(64) Acc lanes[V::kLanes];
+    store(lanes, RuleT::total(V(sum_lanes(terms))), Full());
+    Out* slot = entry + RuleT::kVectors * head_dim;
+    __builtin_memset(slot, 0, kScalarBytes);
+    from_scalar(stored_scalar(lanes[0], Acc(largest_number(Out()))), *slot);
+  }
+}
 
 // The compressed entry of a page with these means and standard deviations `[head_dim]`.
 template <typename RuleT, typename Acc>

@@ -3,11 +3,9 @@
 
 #include "core/cuda_fwd.h"
 #include "core/exec.h"
-#include "core/types.h"
+#include "core/prefill/blocks.h"
 
 namespace unique_attn {
-
-constexpr int kMaskBits = 32;  // key blocks of a word of the mask
 
 // Queries of sequence b are the last of its tokens: query i of cu_seqlens_q[b] .. cu_seqlens_q[b + 1] stands at position
 // (keys of b) - (queries of b) + i, and sees the keys up to it, of the key blocks in its query block's row of the mask:
@@ -41,11 +39,6 @@ struct BlockSparseParams {
   void* out;             // [N, Hq, D] contiguous
   void* lse;             // [N, Hq] contiguous fp32 (fp64 for fp64)
 };
-
-// Rows of the mask are slots, numbered so that no prefix sum over the sequences is needed: sequence b's query block i has
-// slot cu_seqlens_q[b] / block_q + b + i, as pages have in train/packed.h.
-UA_HD int query_block_slot(int cu_seqlen_q, int b, int block_q, int block) { return cu_seqlen_q / block_q + b + block; }
-UA_HD int num_query_block_slots(int total_queries, int batch, int block_q) { return total_queries / block_q + batch; }
 
 // Head of the mask that query head `head` uses.
 UA_HD int mask_head(const BlockSparseParams& p, int head) { return head / (p.num_q_heads / p.num_mask_heads); }

@@ -15,25 +15,6 @@ static_assert(8 % kStripSums == 0, "head dimensions and blocks are whole tiles")
 UA_INLINE float log_of(float x) { return __builtin_logf(x); }
 UA_INLINE double log_of(double x) { return __builtin_log(x); }
 
-struct QueryBlock {
-  int sequence;
-  int block;
-};
-
-// The query block of a slot. Slots of a sequence follow those of the one before, and some belong to no block.
-UA_INLINE QueryBlock query_block_of(const BlockSparseParams& p, int slot) {
-  int low = 0, high = p.batch;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (query_block_slot(p.cu_seqlens_q[middle], middle, p.block_q, 0) <= slot) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return {low, slot - query_block_slot(p.cu_seqlens_q[low], low, p.block_q, 0)};
-}
-
 template <typename T>
 class BlockAttention {
   using Acc = AccOf<T>;
@@ -63,13 +44,13 @@ class BlockAttention {
   }
 
   void run(int slot, int head) {
-    const QueryBlock at = query_block_of(p, slot);
-    const int first = p.cu_seqlens_q[at.sequence] + at.block * p.block_q;
-    rows = min_of(p.cu_seqlens_q[at.sequence + 1] - first, p.block_q);
+    const QueryBlock at = query_block_at(p.cu_seqlens_q, p.cu_seqlens_k, p.batch, p.block_q, slot);
+    const int first = at.first_query;
+    rows = at.num_queries;
     if (rows <= 0) return;
     const int key_start = p.cu_seqlens_k[at.sequence];
     const int num_keys = p.cu_seqlens_k[at.sequence + 1] - key_start;
-    position = num_keys - (p.cu_seqlens_q[at.sequence + 1] - first);
+    position = at.position;
     enter(first, head);
     const uint32_t* mask = p.mask + (int64_t{slot} * p.num_mask_heads + mask_head(p, head)) * p.mask_words;
     const int end = visible_blocks(p, position + rows - 1);
@@ -266,7 +247,7 @@ class BlockAttention {
 
 template <typename T>
 void attend(const BlockSparseParams& p, const CpuExecutor& exec) {
-  const int slots = num_query_block_slots(p.total_queries, p.batch, p.block_q);
+  const int slots = num_block_slots(p.total_queries, p.batch, p.block_q);
   const int64_t items = int64_t{slots} * p.num_q_heads;
   const int64_t work = int64_t{2} * p.block_q * p.block_k * p.head_dim;
   // Items cost what their rows of the mask list, so threads take one after the other instead of equal ranges, the late

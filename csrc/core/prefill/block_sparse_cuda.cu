@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResid
     copy_async_commit();
   };
 
-  const int64_t slot = query_block_slot(first_query, b, p.block_q, first_row / p.block_q);
+  const int64_t slot = block_slot(first_query, b, p.block_q, first_row / p.block_q);
   const uint32_t* words = p.mask + (slot * p.num_mask_heads + mask_head(p, head)) * p.mask_words;
   ListedTiles<kKeys> tiles{words, p.block_k, visible_blocks(p, last_position), last_position};
   int first_key = tiles.next();

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
       },
       [&] {
         if (threadIdx.x / kWarp != 1) return;
-        const int64_t row = query_block_slot(q_start, b, kQueries, block);
+        const int64_t row = block_slot(q_start, b, kQueries, block);
         const uint32_t* mask = p.mask + (row * p.num_mask_heads + mask_head(p, head)) * p.mask_words;
         int count = 0;
         for (int i = threadIdx.x % kWarp; i < num_words; i += kWarp) {
