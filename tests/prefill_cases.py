@@ -318,13 +318,14 @@ def estimates(draw: st.DrawFn) -> Estimate:
 @st.composite
 def choices(draw: st.DrawFn) -> Choice:
     """A threshold or a part of the whole, at the ends and between, and sometimes a least and a most number."""
+    least, most = draw(st.sampled_from([0, 0, 1, 3, 1000])), draw(st.sampled_from([None, None, 0, 1, 2, 5, 1000]))
     number = draw(st.one_of(st.sampled_from([0.0, 1.0, 0.5, 0.25]), st.floats(0, 1), st.floats(0, 0.1)))
     by_threshold = draw(st.booleans())
     return Choice(
         threshold=number if by_threshold else None,
         top_p=None if by_threshold else number,
-        min_blocks=draw(st.sampled_from([0, 0, 1, 3, 1000])),
-        max_blocks=draw(st.sampled_from([None, None, 0, 1, 2, 5, 1000])),
+        min_blocks=least if most is None else min(least, most),
+        max_blocks=most,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -335,7 +334,7 @@ def test_gradients_are_refused(device: str, name: str) -> None:
     expected = composite(case)
     getattr(case, name).requires_grad_()
     with pytest.raises(ops.NotDifferentiableError, match=r"unique_attn::composite_blocks .*has no gradient"):
-        composite(case)
+        composite(case).sum().backward()
     with torch.no_grad():
         assert_same(composite(case), expected)
 
@@ -345,20 +344,22 @@ def test_gradients_are_refused(device: str, name: str) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_on_cuda(method: str) -> None:
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (16, 4, 64)])
+def test_memory_on_cuda(method: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
     """Beside the shares at most 64 bytes for each token and query head: never a number for each pair of tokens."""
-    for length in (16384, 65536):
-        q, k = (torch.randn(length, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (16, 4))
+    for length in (16_384, 65_536):
+        q, k = (
+            torch.randn(length, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in (q_heads, kv_heads)
+        )
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-        args: tuple[Any, ...] = (q, k, cu_seqlens, cu_seqlens, length, length)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        shares = ops.composite_blocks(*args, method=method)
+        shares = ops.composite_blocks(q, k, cu_seqlens, cu_seqlens, length, length, method=method)
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - shares.nbytes
-        assert extra <= 64 * length * 16 + (2 << 20), (length, extra)  # and the allocator's rounding
-        del q, k, args, shares
+        assert extra <= 64 * length * q_heads + (2 << 20), (length, extra)  # and the allocator's rounding
+        del q, k, shares
 
 
 # ---- The oracle. ----

@@ -145,7 +145,8 @@ def test_the_shortest_prefix(device: str) -> None:
     assert chosen(threshold=1.0, min_blocks=3) == [0, 2, 5]
     assert chosen(threshold=1.0, min_blocks=5) == [0, 1, 2, 4, 5]
     assert chosen(threshold=1.0, min_blocks=77) == [0, 1, 2, 3, 4, 5]
-    assert chosen(threshold=1.0, min_blocks=5, max_blocks=4) == [0, 2, 4, 5]
+    assert chosen(threshold=0.25, min_blocks=3, max_blocks=3) == [0, 2, 5]
+    assert chosen(threshold=1.0, min_blocks=4, max_blocks=5) == [0, 2, 4, 5]
     # Forced blocks count towards both, and are kept against max_blocks.
     assert chosen(threshold=0.0, max_blocks=1) == [0, 5]
     assert chosen(top_p=0.24) == [0, 5]  # which have .225 of .9125, or 24.66%
