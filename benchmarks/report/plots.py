@@ -162,6 +162,55 @@ def plot_tradeoff(
     return _save(figure, ax.lines, path, {"subtitle": subtitle, "lines": lines})
 
 
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str,
+    level: float,
+) -> Path:
+    """Draw a grid of small plots with the same axes: densities on a linear axis, what they cost on a logarithmic one.
+
+    Args:
+        panels: by row, by column, by name of a line, its points ``(density, value)``.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        level: a value that is marked in every panel.
+
+    Returns:
+        ``path``.
+    """
+    columns = list(dict.fromkeys(column for row in panels.values() for column in row))
+    size = (2.9 * len(columns) + 0.6, 2.5 * len(panels) + 1.3)
+    figure, grid = viz.pyplot().subplots(
+        len(panels), len(columns), figsize=size, facecolor=viz.PAPER, layout="constrained", sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    figure.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=15, color=viz.INK, weight="bold")
+    figure.text(0.02, 1 - 0.5 / size[1], subtitle, fontsize=9.5, color=viz.MUTED, va="top")
+    names = list(dict.fromkeys(name for row in panels.values() for lines in row.values() for name in lines))
+    drawn: dict[str, Any] = {}
+    for axes, (row, cells) in zip(grid, panels.items()):
+        for ax, column in zip(axes, columns):
+            viz.style(ax)
+            ax.set_visible(column in cells)
+            ax.set_yscale("log")
+            ax.set_xlim(0, 1)
+            ax.grid(color=viz.GRID, linewidth=0.7)
+            ax.axhline(level, color=viz.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            ax.set_title(f"{column}, {row}" if len(panels) > 1 else column, fontsize=8.5, color=viz.INK)
+            for name, points in cells.get(column, {}).items():
+                color = viz.HEADS[names.index(name) % len(viz.HEADS)]
+                (drawn[name],) = ax.plot(
+                    *zip(*points), marker="o", markersize=3.5, linewidth=1.6, color=color, label=name
+                )
+    figure.supxlabel("density", fontsize=9, color=viz.INK)
+    figure.supylabel("KL, nats", fontsize=9, color=viz.INK)
+    return _save(figure, [drawn[name] for name in names], path, {"subtitle": subtitle, "panels": panels})
+
+
 def plot_roofline(
     points: Mapping[str, Sequence[tuple[float, float]]],
     gb_per_s: float,
