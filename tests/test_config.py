@@ -8,6 +8,7 @@ import json
 import pytest
 
 from unique_attn import UniqueConfig, ops
+from unique_attn.prefill_methods import PREFILL_METHODS
 
 
 def test_defaults():
@@ -18,6 +19,7 @@ def test_defaults():
     assert config.spread_weight == 2.0
     assert UniqueConfig(rule="unique", lambda_=0.3).spread_weight == 0.3
     assert UniqueConfig(rule="mean").spread_weight == 0.0
+    assert (config.prefill, config.threshold, config.top_p, config.prefill_above) == ("dense", None, None, 8192)
 
 
 def test_rules_are_those_of_the_ops():
@@ -41,6 +43,16 @@ def test_round_trip_through_json():
     config = UniqueConfig(rule="minmax", budget=256, dense_below=0, dense_layers=(0, 5), c=1.5)
     assert UniqueConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert UniqueConfig.from_dict({"budget": 64}) == UniqueConfig(budget=64)
+    for prefill in ({"prefill": "directional", "threshold": 0.0}, {"prefill": "unisparse", "top_p": 1}):
+        config = UniqueConfig(**prefill, prefill_above=0)
+        assert UniqueConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_settings_that_were_saved_before_there_was_sparse_prefill():
+    values = UniqueConfig(budget=64).to_dict()
+    old = {name: value for name, value in values.items() if name not in ("prefill", "threshold", "top_p")}
+    del old["prefill_above"]
+    assert UniqueConfig.from_dict(old) == UniqueConfig(budget=64)
 
 
 VALUE_ERRORS = {
@@ -56,6 +68,10 @@ VALUE_ERRORS = {
     "dense_below": (-1, "expected at least 0, got -1"),
     "dense_layers": ((0, -1), "expected layer indices of at least 0, got -1"),
     "max_decode_tokens": (0, "expected at least 1, got 0"),
+    "prefill": ("sparse", f"expected one of dense, {', '.join(PREFILL_METHODS)}, got 'sparse'"),
+    "threshold": (1.01, "expected a share from 0 to 1, got 1.01"),
+    "top_p": (float("inf"), "expected a finite number of at least 0, got inf"),
+    "prefill_above": (-1, "expected at least 0, got -1"),
 }
 TYPE_ERRORS = {
     "page_size": ("8", "expected an integer, got '8'"),
@@ -65,6 +81,9 @@ TYPE_ERRORS = {
     "c": (None, "expected a number, got None"),
     "dense_below": (1.5, "expected an integer, got 1.5"),
     "dense_layers": (3, "expected a tuple of layer indices, got 3"),
+    "threshold": ("0.1", "expected a number, got '0.1'"),
+    "top_p": (True, "expected a number, got True"),
+    "prefill_above": (8192.0, "expected an integer, got 8192.0"),
 }
 
 
@@ -91,6 +110,18 @@ def test_budgets_that_do_not_fit():
         UniqueConfig(page_size=4, budget=16388)
     with pytest.raises(ValueError, match="budget: expected at least 1, got 0"):
         UniqueConfig(budget=0)
+
+
+def test_settings_of_prefill_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"UniqueConfig\.top_p: expected None with a threshold, got 0\.9"):
+        UniqueConfig(prefill="unisparse", threshold=0.1, top_p=0.9)
+    for name in ("threshold", "top_p"):
+        with pytest.raises(ValueError, match=rf"UniqueConfig\.{name}: expected None with prefill 'dense', got 0\.5"):
+            UniqueConfig(**{name: 0.5})
+        with pytest.raises(
+            ValueError, match=rf"UniqueConfig\.{name}: expected a finite number of at least 0, got -0\.5"
+        ):
+            UniqueConfig(prefill="directional", **{name: -0.5})
 
 
 def test_minmax_has_no_compressed_index():

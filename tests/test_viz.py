@@ -9,7 +9,8 @@ import pytest
 import torch
 from pictures import numbers
 
-from unique_attn.viz import Selections, plot_layers, plot_selection
+from unique_attn import PrefillRecord, ops
+from unique_attn.viz import Selections, kept_by_head, plot_layers, plot_prefill, plot_selection
 
 pytest.importorskip("matplotlib")
 
@@ -81,3 +82,44 @@ def test_pictures(tmp_path: Path, steps: int, layers: int, heads: int, pages: in
     assert numbers(drawn) == expected | {"marks": marks, "shares": shares}
     assert numbers(plot_layers(s, tmp_path / "b.png", marks=marks)) == expected | {"marks": marks}
     assert numbers(plot_selection(s, tmp_path / "c.png")) == expected | {"marks": {}, "shares": {}}
+
+
+# ---- Prefill. ----
+
+
+def prefill_record(layer: int, num_queries: int, num_keys: int, kept: list[list[int]], mass: list[list[float]]):
+    """A record whose query blocks list the first ``kept[block][head]`` key blocks."""
+    listed = torch.arange(-(-num_keys // 64)) < torch.tensor([*kept, [9] * len(kept[0])])[..., None]  # a spare row
+    kept_mass = torch.tensor([*mass, [5.0] * len(mass[0])])
+    return PrefillRecord(layer, 0, num_queries, num_keys, 128, 64, ops.pack_block_mask(listed), kept_mass)
+
+
+def test_what_prefill_kept_is_weighted_by_blocks():
+    records = [
+        prefill_record(3, 128, 128, [[1, 2]], [[0.5, 1.0]]),  # 2 blocks are visible
+        prefill_record(3, 200, 328, [[2, 4], [3, 6]], [[0.8, 0.9], [0.2, 0.4]]),  # 4 + 6 are
+        prefill_record(1, 128, 128, [[1]], [[0.25]]),
+    ]
+    assert [record.visible for record in records] == [2, 10, 2]
+    layers, density, mass = kept_by_head(records)
+    assert layers == [1, 3]
+    np.testing.assert_allclose(density, [[0.5, np.nan], [6 / 12, 1.0]])
+    np.testing.assert_allclose(mass, [[0.25, np.nan], [0.5, 2.3 / 3]], rtol=1e-6)
+
+
+def test_prefill_without_records():
+    with pytest.raises(ValueError, match="at least one sparse prefill, got none"):
+        kept_by_head([])
+    uneven = [prefill_record(0, 128, 128, [[1]], [[0.5]]), prefill_record(0, 128, 128, [[1, 1]], [[0.5, 0.5]])]
+    with pytest.raises(ValueError, match=r"same heads in all records of a layer, got \[1, 2\]"):
+        kept_by_head(uneven)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (40, 32)])
+def test_picture_of_prefill(tmp_path: Path, layers: int, heads: int):
+    records = [prefill_record(i, 128, 128, [[1 + h % 2 for h in range(heads)]], [[0.5] * heads]) for i in range(layers)]
+    shown = numbers(plot_prefill(records, tmp_path / "new" / "a.png", subtitle="$ not mathtext"))
+    density = [[0.5 + h % 2 / 2 for h in range(heads)]] * layers
+    assert shown == {"layers": list(range(layers)), "density": density, "mass": [[0.5] * heads] * layers}
+    mixed = [prefill_record(0, 128, 128, [[2]], [[1.0]]), prefill_record(1, 128, 128, [[2, 1]], [[1.0, 0.5]])]
+    assert numbers(plot_prefill(mixed, tmp_path / "b.png"))["density"] == [[1.0, None], [1.0, 0.5]]

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from unique_attn.hf.callback import SparsityCallback
     from unique_attn.hf.graphed import GraphedDecoder
     from unique_attn.hf.hooks import SelectionRecord
-    from unique_attn.hf.model import disable, enable, record_selection
+    from unique_attn.hf.model import disable, enable, record_prefill, record_selection
+    from unique_attn.prefill import PrefillRecord
 
 __all__ = [
     "GraphedDecoder",
     "PagePool",
     "PoolFullError",
+    "PrefillRecord",
     "SelectionRecord",
     "SparsityCallback",
     "TrainConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "enable",
     "hf",
     "ops",
+    "record_prefill",
     "record_selection",
     "reference",
     "reference_index",
@@ -50,11 +53,13 @@ _LAZY = {
     "GraphedDecoder": "unique_attn.hf.graphed",
     "PagePool": "unique_attn._runtime",
     "PoolFullError": "unique_attn._runtime",
+    "PrefillRecord": "unique_attn.prefill",
     "SelectionRecord": "unique_attn.hf.hooks",
     "SparsityCallback": "unique_attn.hf.callback",
     "UniqueCache": "unique_attn.hf.cache",
     "disable": "unique_attn.hf.model",
     "enable": "unique_attn.hf.model",
+    "record_prefill": "unique_attn.hf.model",
     "record_selection": "unique_attn.hf.model",
 }
 _SUBMODULES = ("hf", "reference", "reference_index", "train", "viz")

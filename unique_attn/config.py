@@ -1,16 +1,18 @@
-"""What a user can choose: which rule scores the pages, how many are read, and which layers stay dense."""
+"""What a user can choose: how pages are scored and how many are read, how prompts are, which layers stay dense."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from unique_attn._checked import CheckedConfig
+from unique_attn.prefill_methods import PREFILL_METHODS
 from unique_attn.rules import INDEX_FORMATS, MAX_PAGES, PAGE_SIZES, RULES, WEIGHTS
 
 
 @dataclass(frozen=True)
 class UniqueConfig(CheckedConfig):
-    """Settings of page-sparse decoding. Immutable and checked: every field is valid once an instance exists.
+    """Settings of page-sparse decoding and of sparse prefill. Immutable and checked: every field is valid once an
+    instance exists.
 
     Attributes:
         rule: how a page is scored: ``directional`` (default), ``unique`` (the paper), ``minmax`` (Quest) or
@@ -28,7 +30,13 @@ class UniqueConfig(CheckedConfig):
             attention would read everything anyway.
         dense_layers: indices of layers that always use dense attention.
         max_decode_tokens: a call with at most this many new tokens on a cache that is not empty is a decode
-            step (one token, or the drafts of speculative decoding); with more it is prefill and dense.
+            step (one token, or the drafts of speculative decoding); with more it is prefill.
+        prefill: how prompts attend: ``dense`` (default), or to the key blocks that ``directional`` or ``unisparse``
+            (the paper) selects, if they are longer than ``prefill_above``.
+        threshold: share of a query's attention, 0 to 1, from which on a key block is kept in prefill.
+        top_p: share of the attention of a query block, 0 to 1, that the kept blocks have. At most one of these two;
+            without, the default of the method.
+        prefill_above: calls whose context is at most as many tokens, new ones included, prefill densely.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -47,6 +55,10 @@ class UniqueConfig(CheckedConfig):
     dense_below: int | None = None
     dense_layers: tuple[int, ...] = field(default=())
     max_decode_tokens: int = 32
+    prefill: str = "dense"
+    threshold: float | None = None
+    top_p: float | None = None
+    prefill_above: int = 8192
 
     def __post_init__(self) -> None:
         self._choice("rule", tuple(RULES))
@@ -69,6 +81,12 @@ class UniqueConfig(CheckedConfig):
             self._integer("dense_below", 0)
         self._layers("dense_layers")
         self._integer("max_decode_tokens", 1)
+        self._choice("prefill", ("dense", *PREFILL_METHODS))
+        for name in ("threshold", "top_p"):
+            self._share(name)
+        if self.threshold is not None and self.top_p is not None:
+            raise ValueError(f"UniqueConfig.top_p: expected None with a threshold, got {self.top_p}")
+        self._integer("prefill_above", 0)
         if self.num_pages > MAX_PAGES:
             raise ValueError(
                 f"UniqueConfig.budget: expected at most {MAX_PAGES} pages of {self.page_size} tokens, got {self.budget}"
@@ -109,6 +127,16 @@ class UniqueConfig(CheckedConfig):
         value = getattr(self, name)
         if value % unit:
             raise ValueError(f"UniqueConfig.{name}: expected a multiple of page_size = {unit}, got {value}")
+
+    def _share(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        self._number(name)
+        if value > 1:
+            raise ValueError(f"UniqueConfig.{name}: expected a share from 0 to 1, got {value}")
+        if self.prefill == "dense":
+            raise ValueError(f"UniqueConfig.{name}: expected None with prefill 'dense', got {value}")
 
     def _layers(self, name: str) -> None:
         value = getattr(self, name)

@@ -1,9 +1,9 @@
-"""Pictures of what page-sparse decoding reads, drawn from recorded selections.
+"""Pictures of what page-sparse decoding and sparse prefill read, drawn from records.
 
 :class:`Selections` holds one sequence's choices as a boolean array ``[steps, layers, heads, pages]``;
 :func:`plot_selection` draws them in one figure (how many heads read the pages that matter, then maps by step and by
-layer and head), :func:`plot_layers` draws every single choice, one panel a layer. Needs matplotlib; the rest of the
-package imports this module only to draw.
+layer and head), :func:`plot_layers` draws every single choice, one panel a layer. :func:`plot_prefill` draws how much
+prefill kept. Needs matplotlib; the rest of the package imports this module only to draw.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from unique_attn.prefill import PrefillRecord
 
 Record = tuple[int, torch.Tensor, torch.Tensor]  # layer, seq_lens [B], pages [B, T, H, k]
 
@@ -332,6 +335,81 @@ def plot_layers(
         linespacing=1.4,
     )  # fmt: skip
     return save(figure, path, selections.numbers() | {"marks": marks or {}})
+
+
+def kept_by_head(records: Iterable[PrefillRecord]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """What sparse prefill kept, over all records of a layer together: of several rows, chunks and calls.
+
+    Args:
+        records: what :func:`unique_attn.record_prefill` recorded.
+
+    Returns:
+        The layers; ``density`` and ``mass``, both float64 ``[layers, heads]``, NaN where a layer has fewer heads.
+
+    Raises:
+        ValueError: no records, or records of one layer with different numbers of heads.
+    """
+    parts: dict[int, list[tuple[int, int, np.ndarray, np.ndarray]]] = {}
+    for each in records:
+        part = each.visible, each.query_blocks, each.density.cpu().numpy(), each.mass.cpu().numpy()
+        parts.setdefault(each.layer_idx, []).append(part)
+    if not parts:
+        raise ValueError("records: expected at least one sparse prefill, got none")
+    layers = sorted(parts)
+    for layer in layers:
+        heads = sorted({len(density) for _, _, density, _ in parts[layer]})
+        if len(heads) != 1:
+            raise ValueError(f"records: expected the same heads in all records of a layer, got {heads}")
+    density, mass = (np.full((len(layers), max(len(parts[layer][0][2]) for layer in layers)), np.nan) for _ in range(2))
+    for row, layer in enumerate(layers):
+        visible, blocks, densities, masses = zip(*parts[layer], strict=True)
+        density[row, : len(densities[0])] = np.average(np.stack(densities).astype(float), 0, visible)
+        mass[row, : len(masses[0])] = np.average(np.stack(masses).astype(float), 0, blocks)
+    return layers, density, mass
+
+
+def plot_prefill(
+    records: Iterable[PrefillRecord], path: str | Path, *, title: str = "What sparse prefill kept", subtitle: str = ""
+) -> Path:
+    """Draw by layer and head the share of the key blocks that prefill kept, and of the estimated attention that it
+    dropped with the others.
+
+    Args:
+        records: what :func:`unique_attn.record_prefill` recorded.
+        path: where the PNG goes; its folder is made.
+        title, subtitle: above the picture.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: see :func:`kept_by_head`.
+    """
+    layers, density, mass = kept_by_head(records)
+    plt = pyplot()
+    maps = {
+        f"Key blocks that were kept ({np.nanmean(density):.0%})": density,
+        f"Estimated attention that was dropped ({np.nanmean(1 - mass):.1%})": 1 - mass,
+    }
+    # Inches.
+    width, left, wide, apart, foot, tall = 10.5, 0.6, 4.0, 4.95, 0.55, max(1.6, 0.22 * len(layers))
+    height = foot + tall + 1.35
+    figure = plt.figure(figsize=(width, height), facecolor=PAPER)
+    every = max(1, -(-len(layers) // 32))
+    for column, (caption, values) in enumerate(maps.items()):
+        x = left + column * apart
+        ax = figure.add_axes((x / width, foot / height, wide / width, tall / height))
+        image = ax.imshow(values, aspect="auto", cmap=_ramp(), norm=_norm(), interpolation="nearest")
+        style(ax)
+        ax.set_title(caption, loc="left", fontsize=11, color=INK, pad=8)
+        ax.set_xlabel("head", fontsize=9, color=INK)
+        ax.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        _bar(figure, image, ((x + wide + 0.12) / width, foot / height, 0.012, tall / height), "")
+    figure.axes[0].set_ylabel("layer", fontsize=9, color=INK)
+    figure.text(left / width, 1 - 0.28 / height, title, fontsize=15, color=INK, weight="bold", va="top")
+    figure.text(left / width, 1 - 0.59 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
+    return save(figure, path, {"layers": layers, "density": density.tolist(), "mass": mass.tolist()})
 
 
 def save(figure: Any, path: str | Path, numbers: Mapping[str, Any]) -> Path:

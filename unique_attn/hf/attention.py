@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import (
     config_family,
     eager_attention,
@@ -19,8 +20,18 @@ from unique_attn.hf.compat import (
     sdpa_mask,
     warn_once,
 )
-from unique_attn.hf.handover import CachedTensor, PagedLayer, Refusal, Step, handed_over, undifferentiable, whole
+from unique_attn.hf.handover import (
+    NO_GRADIENT_OF_PREFILL,
+    CachedTensor,
+    PagedLayer,
+    Refusal,
+    Step,
+    handed_over,
+    undifferentiable,
+    whole,
+)
 from unique_attn.hf.hooks import CacheHook, SelectionRecord, attach_late, hook_of, recorders
+from unique_attn.hf.prefill import attend
 from unique_attn.hf.reasons import (
     SINKS,
     UnsupportedFeatureError,
@@ -29,6 +40,7 @@ from unique_attn.hf.reasons import (
     kind_reason,
     module_reason,
     unknown_reason,
+    warn_dense,
 )
 from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
@@ -50,7 +62,7 @@ def unique_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention for transformers: decode steps of a cache with pages run the ops, all else is dense.
+    """Attention for transformers: decode steps of a cache with pages and long prompts run the ops, all else is dense.
 
     Args:
         module: the attention module that calls.
@@ -82,8 +94,12 @@ def unique_attention_forward(
         if hook is not None and hook.train is not None and module.training and query.shape[2] == key.shape[2]:
             return _training(hook, *dense, unknown)
         if changed:
-            _warn(module, _CHANGED)
+            warn_dense(module, _CHANGED)
         elif hook is not None and not is_traced():
+            if query.shape[2] == key.shape[2]:  # else nobody knows at which positions the queries are
+                out = _prefill(hook, hook.config, *dense, _BYSTANDER if hook.bystander else unknown)
+                if out is not None:
+                    return out, None
             _warn_of_other_caches(hook, module, query, key, value, kwargs)
         return dense_attention(*dense)
 
@@ -97,12 +113,14 @@ def unique_attention_forward(
     if refusal is None:
         return _sparse(hook, module, layer, step, query, scaling, kwargs), None
     if not refusal.quiet:
-        _warn(module, refusal)
+        warn_dense(module, refusal)
     if hook.train is not None and module.training:
         warn_once(f"{_name(module)} has no training mask in calls that are given a cache", type(module), "cached")
     key, value = whole(key, refusal), whole(value, refusal)
     _check_dtype(query, key, value)
-    return dense_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    out = None if refusal.lasting else _prefill(hook, layer.config, *dense, unknown)
+    return dense_attention(*dense) if out is None else (out, None)
 
 
 def unique_mask(**kwargs: Any) -> Tensor | None:
@@ -173,13 +191,42 @@ def _sparse(
     kwargs: dict[str, Any],
 ) -> Tensor:
     out, lse, pages = layer.decode(step, query, scaling)
-    for records in recorders(hook):
+    for records in recorders(hook, SelectionRecord):
         records.append(SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
+    return undifferentiable(_with_sinks(out, lse, kwargs), query)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """``out`` ``[B, T, Hq, D]`` with the attention sinks of a call: each adds exp(sink) to the normalizer exp(lse)."""
     for name in SINKS:
         sinks = kwargs.get(name)
-        if sinks is not None:  # a sink adds exp(sink) to the normalizer exp(lse)
+        if sinks is not None:
             out = (out.float() * torch.sigmoid(lse - sinks.detach().float()).unsqueeze(-1)).to(out.dtype)
-    return undifferentiable(out, query)
+    return out
+
+
+# ---- Prompts. ----
+
+
+def _prefill(
+    hook: CacheHook,
+    config: UniqueConfig,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+    refusal: Refusal | None,
+) -> Tensor | None:
+    """Attention of a prompt with the settings ``config`` if it is sparse, else None."""
+    found = attend(hook, config, module, query, key, value, mask, scaling, dropout, kwargs, refusal)
+    if found is None:
+        return None
+    source = next((x for x in (query, key, value) if x.requires_grad), query)
+    return undifferentiable(_with_sinks(*found, kwargs), source, NO_GRADIENT_OF_PREFILL)
 
 
 # ---- Training. ----
@@ -279,11 +326,6 @@ def _check_dtype(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _warn(module: nn.Module, refusal: Refusal) -> None:
-    stays = "stays dense" if refusal.lasting else "is dense in this call"
-    warn_once(f"{_name(module)} {stays}: {refusal.reason}", type(module), refusal.reason)
-
-
 def _warn_of_other_caches(
     hook: CacheHook, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> None:
@@ -298,7 +340,7 @@ def _warn_of_other_caches(
     refusal = refusal or module_reason(module) or kind_reason(module, query, key, value, kwargs)
     if refusal is not None:
         if not refusal.quiet:
-            _warn(module, refusal)
+            warn_dense(module, refusal)
         return
     warn_once(
         f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "

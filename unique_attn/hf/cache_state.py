@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.masks import MaskWatch, is_step_mask, left_padding, shows_padding
+from unique_attn.hf.masks import MaskMemo, MaskWatch, is_step_mask, showing_new, shows_padding
 from unique_attn.paging import PagedTable
 
 
@@ -21,26 +21,18 @@ class CacheState:
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
         self.refused = False  # a mask with holes was seen: no pages until reset
-        self._judged: tuple[Tensor | None, tuple[int, ...], list[int] | None] | None = None
-        self._askers: set[int] = set()  # layers that were told so
+        self._masks = MaskMemo()
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
 
     def reset(self) -> None:
-        self.table, self.refused, self._judged, self._watched = None, False, None, None
+        self.table, self.refused, self._masks, self._watched = None, False, MaskMemo(), None
         self._watches.clear()
 
     def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> list[int] | None:
         """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
-        shape = (batch, num_tokens, length)
-        counts = mask is not None and not mask.is_inference()  # how often it was written to
-        facts = (*shape, mask._version) if mask is not None and counts else shape
-        again = id(layer) in self._askers and not counts  # in a step to come, so it may be another mask by now
-        if self._judged is None or self._judged[0] is not mask or self._judged[1] != facts or again:
-            self._judged = (mask, facts, left_padding(mask, *shape))
-            self._askers.clear()
-        self._askers.add(id(layer))
-        return self._judged[2]
+        found = self._masks.padding(mask, batch, num_tokens, length, layer)
+        return showing_new(found, num_tokens, length)
 
     def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int, layer: object) -> bool:
         """Whether ``mask`` is causal with the padding of ``table``.

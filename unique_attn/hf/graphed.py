@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import DynamicCache, cache_argument
+from unique_attn.hf.cache import UniqueCache
+from unique_attn.hf.compat import cache_argument
 from unique_attn.hf.generate import decoding_loop, prompt_arguments, streamer_of_caller
 from unique_attn.hf.hooks import KEEPS, attention_modules, hook_of, language_config
 from unique_attn.hf.static_pages import StaticPages, windows_of
@@ -46,7 +47,7 @@ class GraphedDecoder:
 
     One step (embedding, all layers with page-sparse attention, logits, sampling) runs over static buffers; on CUDA it
     is captured in a graph after the first prefill and replayed for every token, on the CPU it runs as it is. Lengths
-    stay on the device, so the same graph serves every length up to ``max_length``. Prefill is dense and not captured.
+    stay on the device, so the same graph serves every length up to ``max_length``. Prefill is not captured.
 
     Three ways to use it: :meth:`generate`, in which the host seldom waits for the device; ``model.generate(...,
     custom_generate=decoder)``, for what transformers' generation offers; :meth:`prefill` and :meth:`step`.
@@ -132,7 +133,7 @@ class GraphedDecoder:
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Start with prompts, dense; returns the first new token ``[B, 1]``.
+        """Start with prompts; returns the first new token ``[B, 1]``.
 
         Args:
             input_ids: int64 ``[B, L]``, L below ``max_length``.
@@ -162,7 +163,7 @@ class GraphedDecoder:
                 "GraphedDecoder counts one position for each token"
             )
         self._ready = False
-        dense = DynamicCache()  # without the config: layers with a window keep all keys too, as pages do
+        dense = UniqueCache(self.config)  # without the model's: layers with a window keep all keys too, as pages do
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         if attention_mask is not None:
             options["attention_mask"] = attention_mask

@@ -163,25 +163,31 @@ def whole(tensor: Tensor, refusal: Refusal | None = None) -> Tensor:
     return tensor.whole(refusal) if isinstance(tensor, CachedTensor) else tensor
 
 
-# ---- Gradients: pages keep no graph. ----
+# ---- Gradients: pages keep no graph, and neither does sparse prefill. ----
+
+NO_GRADIENT_OF_PAGES = (
+    "attention over a cache on pages has no gradient: train without a cache, or decode under torch.no_grad()"
+)
+NO_GRADIENT_OF_PREFILL = (
+    "sparse prefill has no gradient: call model.train(), which makes it dense, or run the model under torch.no_grad()"
+)
 
 
 class _Undifferentiable(torch.autograd.Function):
     """The identity, but a gradient that arrives at it is an error."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, source: Tensor, error: str) -> Tensor:
+        ctx.error = error
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotDifferentiableError(
-            "attention over a cache on pages has no gradient: train without a cache, or decode under torch.no_grad()"
-        )
+        raise NotDifferentiableError(ctx.error)
 
 
-def undifferentiable(tensor: Tensor, source: Tensor) -> Tensor:
+def undifferentiable(tensor: Tensor, source: Tensor, error: str = NO_GRADIENT_OF_PAGES) -> Tensor:
     """``tensor``, whose gradient is a named error if ``source``, on which it depends, requires one."""
     if torch.is_grad_enabled() and source.requires_grad:
-        return _Undifferentiable.apply(tensor, source)
+        return _Undifferentiable.apply(tensor, source, error)
     return tensor

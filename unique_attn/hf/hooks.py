@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -157,6 +157,8 @@ def saved_settings(config: Any) -> UniqueConfig:
 
 # ---- Watching what is selected. ----
 
+Record = TypeVar("Record")
+
 
 class SelectionRecord(NamedTuple):
     """The pages that one layer selected in one decode step."""
@@ -166,20 +168,20 @@ class SelectionRecord(NamedTuple):
     pages: Tensor  # int32 [B, T, H, k], logical pages in ascending order, then -1
 
 
-_recorders: ContextVar[tuple[tuple[list[CacheHook], list[SelectionRecord]], ...]] = ContextVar("recorders", default=())
+_recorders: ContextVar[tuple[tuple[list[CacheHook], type, list[Any]], ...]] = ContextVar("recorders", default=())
 
 
 @contextmanager
-def recording(hooks: Sequence[CacheHook]) -> Iterator[list[SelectionRecord]]:
-    """Collect the decode steps of modules with these hooks that run in this context (so, in this thread)."""
-    records: list[SelectionRecord] = []
-    _recorders.set((*_recorders.get(), (list(hooks), records)))
+def recording(hooks: Sequence[CacheHook], kind: type[Record]) -> Iterator[list[Record]]:
+    """Collect the records of a kind of modules with these hooks that run in this context (so, in this thread)."""
+    records: list[Record] = []
+    _recorders.set((*_recorders.get(), (list(hooks), kind, records)))
     try:
         yield records
     finally:  # not by a token: a generator may end in another context than it began in
-        _recorders.set(tuple(each for each in _recorders.get() if each[1] is not records))
+        _recorders.set(tuple(each for each in _recorders.get() if each[2] is not records))
 
 
-def recorders(hook: CacheHook) -> list[list[SelectionRecord]]:
-    """Where steps of modules with this hook are to be noted; nowhere, as a rule."""
-    return [records for hooks, records in _recorders.get() if any(hook is each for each in hooks)]
+def recorders(hook: CacheHook, kind: type[Record]) -> list[list[Record]]:
+    """Where records of a kind of modules with this hook are to be noted; nowhere, as a rule."""
+    return [records for hooks, each, records in _recorders.get() if each is kind and any(hook is one for one in hooks)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
+
+_MASK_BYTES = 64 << 20  # of a mask that are looked at in one go
 
 
 def is_step_mask(mask: Tensor, batch: int, num_tokens: int, length: int) -> bool:
@@ -23,25 +27,80 @@ def visible(mask: Tensor) -> tuple[Tensor, Tensor | bool]:
 
 def causal_mask(padding: Tensor, num_tokens: int, length: int) -> Tensor:
     """bool ``[B, 1, T, length]``: what the last T of ``length`` tokens see if ``padding`` ``[B]`` hides the first."""
+    return _seen(padding, length - num_tokens, num_tokens, length)
+
+
+def _seen(padding: Tensor, first: int, num_tokens: int, length: int) -> Tensor:
+    """bool ``[B, 1, T, length]``: what the T tokens from position ``first`` on see."""
     positions = torch.arange(length, device=padding.device)
-    queries = positions[length - num_tokens :, None]
+    queries = torch.arange(first, first + num_tokens, device=padding.device)[:, None]
     return (positions >= padding[:, None, None, None]) & (positions <= queries)
 
 
-def left_padding(mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
-    """Padding of each row if ``mask`` is causal with left padding only, else None.
+def hidden_left(mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
+    """Padding of each row if ``mask`` is causal with left padding only, else None. It may hide new tokens too.
 
-    Waits for the device if there is a mask. ``mask=None`` hides nothing. A row must show all its T new tokens.
+    Waits for the device if there is a mask. ``mask=None`` hides nothing.
     """
     if mask is None:
         return [0] * batch
     if not is_step_mask(mask, batch, num_tokens, length):
         return None
-    shown, plain = visible(mask.expand(batch, -1, -1, -1))
-    padding = length - shown[:, 0, -1].sum(-1)
-    fits = (shown == causal_mask(padding, num_tokens, length)).all() & (padding <= length - num_tokens).all() & plain
+    mask = mask.expand(batch, -1, -1, -1)
+    padding = length - visible(mask[:, 0, -1])[0].sum(-1)
+    fits: Tensor | bool = True
+    rows = max(1, _MASK_BYTES // max(1, batch * length))
+    for begin in range(0, num_tokens, rows):  # the mask is large enough by itself
+        part = mask[:, :, begin : begin + rows]
+        shown, plain = visible(part)
+        same = shown == _seen(padding, length - num_tokens + begin, part.shape[2], length)
+        fits = same.all() & plain & fits
+    assert isinstance(fits, Tensor)
     *values, ok = torch.cat([padding, fits[None].to(padding.dtype)]).tolist()
     return values if ok else None
+
+
+def showing_new(padding: list[int] | None, num_tokens: int, length: int) -> list[int] | None:
+    """``padding``, or None if it hides some of the last ``num_tokens`` of ``length`` tokens."""
+    return None if padding is None or max(padding, default=0) > length - num_tokens else padding
+
+
+def left_padding(mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
+    """Padding of each row if ``mask`` is causal with left padding only and shows all T new tokens, else None.
+
+    Waits for the device if there is a mask. ``mask=None`` hides nothing.
+    """
+    return showing_new(hidden_left(mask, batch, num_tokens, length), num_tokens, length)
+
+
+class MaskMemo:
+    """What :func:`hidden_left` said of the last mask, so that a mask is looked at once for all layers.
+
+    Keeps no mask alive. A mask from inference mode does not count how often it was written to, so it is looked at again
+    as soon as somebody asks for the second time: that is a later call.
+    """
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._facts: tuple[int | None, ...] | None = None
+        self._padding: list[int] | None = None
+        self._askers: set[int] = set()  # who was told so
+
+    def padding(
+        self, mask: Tensor | None, batch: int, num_tokens: int, length: int, asker: object, owner: object = None
+    ) -> list[int] | None:
+        """As :func:`hidden_left`. An ``asker`` asks once in a call; those with one ``owner`` share what was found."""
+        counts = mask is not None and not mask.is_inference()
+        facts = (id(owner), batch, num_tokens, length, mask._version if mask is not None and counts else None)
+        last = None if self._mask is None else self._mask()  # None as well if it is gone
+        known = self._facts == facts and last is mask and (mask is None) == (self._mask is None)
+        if not known or (not counts and id(asker) in self._askers):
+            self._padding = hidden_left(mask, batch, num_tokens, length)
+            self._mask = None if mask is None else weakref.ref(mask)
+            self._facts = facts
+            self._askers.clear()
+        self._askers.add(id(asker))
+        return self._padding
 
 
 def shows_padding(mask: Tensor | None, padding: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from unique_attn.hf.hooks import (
     KEEPS,
     SAVED,
     Before,
+    Record,
     SelectionRecord,
     attach,
     attention_modules,
@@ -28,6 +29,7 @@ from unique_attn.hf.hooks import (
 from unique_attn.hf.lazy import register
 from unique_attn.hf.reasons import never_sparse, window_of
 from unique_attn.hf.training import TrainState
+from unique_attn.prefill import PrefillRecord
 from unique_attn.train_config import TrainConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,9 +39,11 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
     """Let ``model`` decode page-sparsely, in ``generate()`` and in plain forward calls with a cache.
 
     Sets the attention implementation to ``"unique"``, puts a forward pre-hook on this instance and the transformers
-    models in it, and writes the settings into its ``config``, with which they are saved. Prefill and contexts below
-    ``config.dense_below`` stay dense. May be called again with other settings, which hold for caches made from then on.
-    A model of which no layer could ever be sparse keeps its own attention, with a warning that says why.
+    models in it, and writes the settings into its ``config``, with which they are saved. Contexts below
+    ``config.dense_below`` stay dense, and so does prefill unless ``config.prefill`` names a method: then prompts longer
+    than ``config.prefill_above`` are sparse, with and without a cache. May be called again with other settings, which
+    hold for caches made from then on. A model of which no layer could ever be sparse keeps its own attention, with a
+    warning that says why.
 
     Threads may use one model at once, each with caches of its own.
 
@@ -143,8 +147,7 @@ def _restore(model: Any, before: Before | None) -> None:
         model.set_attn_implementation(_only(key, usual if before is None else before.implementation))
 
 
-@contextmanager
-def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
+def record_selection(model: nn.Module) -> AbstractContextManager[list[SelectionRecord]]:
     """Collect which pages every layer selects in the decode steps inside the ``with`` block, of this thread.
 
     Yields a list that grows by one :class:`SelectionRecord` ``(layer_idx, seq_lens, pages)`` per sparse layer and
@@ -155,6 +158,25 @@ def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
         TypeError: ``model`` holds no transformers model.
         ValueError: ``model`` does not use the ``"unique"`` implementation.
     """
+    return _record(model, SelectionRecord)
+
+
+def record_prefill(model: nn.Module) -> AbstractContextManager[list[PrefillRecord]]:
+    """Collect which key blocks every layer attends to in the sparse prefills inside the ``with`` block, of this thread.
+
+    Yields a list that grows by one :class:`PrefillRecord` per sparse layer, call and row of the batch, in the order of
+    execution; the tensors stay on their device and nothing waits for it. The list stays empty if all prefill is dense.
+    :func:`unique_attn.viz.plot_prefill` draws it.
+
+    Raises:
+        TypeError: ``model`` holds no transformers model.
+        ValueError: ``model`` does not use the ``"unique"`` implementation.
+    """
+    return _record(model, PrefillRecord)
+
+
+@contextmanager
+def _record(model: nn.Module, kind: type[Record]) -> Iterator[list[Record]]:
     inner = _transformers_model(model)
     if KEEPS in vars(inner):
         yield []
@@ -163,7 +185,7 @@ def record_selection(model: nn.Module) -> Iterator[list[SelectionRecord]]:
     if implementation != IMPLEMENTATION:
         raise ValueError(f"model: expected the attention implementation {IMPLEMENTATION!r}, got {implementation!r}")
     hooks = [hook for module in attention_modules(inner) if (hook := hook_of(module)) is not None]
-    with recording(hooks or [attach(inner, saved_settings(_language_config(inner)[0]))]) as records:
+    with recording(hooks or [attach(inner, saved_settings(_language_config(inner)[0]))], kind) as records:
         yield records
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unique_attn.hf.compat import family_of, shares_kv
+from unique_attn.hf.compat import family_of, shares_kv, warn_once
 from unique_attn.hf.handover import Refusal
 from unique_attn.paging import unsupported
 
@@ -113,6 +113,12 @@ def _passes_self(call: ast.Call) -> bool:
     """Whether it is a call like ``attention_interface(self, query, ...)``."""
     first = call.args[0] if call.args else None
     return isinstance(call.func, ast.Name) and isinstance(first, ast.Name) and first.id == "self"
+
+
+def warn_dense(module: nn.Module, refusal: Refusal) -> None:
+    """Say that a module is dense, once in a process for its class and the reason."""
+    stays = "stays dense" if refusal.lasting else "is dense in this call"
+    warn_once(f"{type(module).__name__} {stays}: {refusal.reason}", type(module), refusal.reason)
 
 
 def module_reason(module: nn.Module, window: int = 0) -> Refusal | None:
