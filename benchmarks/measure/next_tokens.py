@@ -52,7 +52,7 @@ def distance(dense: Tensor, other: Tensor, targets: Tensor) -> Distance:
         same += float((wanted.argmax(-1) == found.argmax(-1)).sum())
         after = targets[rows]
         nll -= float(found[: len(after)].gather(-1, after[:, None]).sum(dtype=torch.float64))
-    return Distance(kl / len(dense), same / len(dense), nll / max(1, len(targets)))
+    return Distance(max(0.0, kl / len(dense)), same / len(dense), nll / max(1, len(targets)))
 
 
 # ---- Needles. ----

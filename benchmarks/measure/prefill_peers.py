@@ -52,7 +52,7 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
     """int32 counts ``[1, heads, rows]`` and block numbers ``[1, heads, rows, key_blocks]``, the listed ones first."""
     counts = flags.sum(-1, dtype=torch.int32)
-    order = [each.int().argsort(-1, descending=True, stable=True).int() for each in flags]  # of a head at a time
+    order = [each.int().argsort(dim=-1, descending=True, stable=True).int() for each in flags]  # of a head at a time
     return counts[None], torch.stack(order)[None]
 
 

@@ -82,22 +82,17 @@ def speed(results: Sequence[Result]) -> str:
             continue
         o, e = result["options"], result["environment"]
         methods = " and ".join(f"`{method}`" for method in o["method"])
+        also = ", the same for FlexAttention" if any("flex" in case["sides"] for case in cases) else ""
         text = (
             f"`python -m benchmarks prefill` on {machine(e)} (torch {e['torch']}): one layer, one prompt, {o['heads']} "
             f"heads, D={o['head_dim']}, {o['dtype']}, {o['block_q']} queries and {o['block_k']} keys a block; medians "
-            "with cold caches, all sides of a row in the same rounds, outputs checked. Given lists are random, the same "
-            "for FlexAttention; "
-            if any("flex" in case["sides"] for case in cases)
-            else f"`python -m benchmarks prefill` on {machine(e)} (torch {e['torch']}): one layer, one prompt, "
-            f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {o['block_q']} queries and {o['block_k']} keys a "
-            "block; medians with cold caches, all sides of a row in the same rounds, outputs checked. Given lists are "
-            "random; "
+            f"with cold caches, all sides of a row in the same rounds, outputs checked. Given lists are random{also}"
         )
         if any(case["lists"]["percent_of_dense_per_block"] for case in cases):
-            text += "beside their time is the speed per listed block as a share of our dense kernel's. "
+            text += "; beside their time is the speed per listed block as a share of our dense kernel's"
         text += (
-            f"The whole call is `unique_prefill` with {methods}, {_settings_of(cases)} chosen for the density on these "
-            "inputs, and selection by itself is given as a share of the attention over what it selected. "
+            f". The whole call is `unique_prefill` with {methods}, {_settings_of(cases)} chosen for the density on "
+            "these inputs; selection by itself is given as a share of the attention over what it selected. "
             f"Inputs: {result['inputs']}."
         )
         for method, size in result["bytes_per_token_and_head"].items():
@@ -191,8 +186,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
         return []
     result = next(r for r in _results(results, "prefill") if figures([r]))
     o = result["options"]
-    subtitle = (
-        f"{machine(result['environment'])}; {o['heads']} heads, D={o['head_dim']}, {o['dtype']}; `{o['method'][0]}`"
-    )
+    shape = f"{o['heads']} heads, D={o['head_dim']}, {o['dtype']}, {o['method'][0]}"
+    subtitle = f"{machine(result['environment'])}; {shape}"
     title = "Sparse prefill of one layer, selection included"
-    return [plots.plot_speedups(lines, folder / FIGURE, title=title, subtitle=subtitle.replace("`", ""))]
+    return [plots.plot_speedups(lines, folder / FIGURE, title=title, subtitle=subtitle)]

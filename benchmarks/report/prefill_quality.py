@@ -25,10 +25,8 @@ DRAWN_LENGTHS = 2  # of a model, the longest
 
 
 def qualities(results: Sequence[Result]) -> list[Result]:
-    """The results of ``prefill_quality`` that hold something, one model after the other."""
-    return sorted(
-        (r for r in results if r["bench"] == "prefill_quality" and r["cases"]), key=lambda r: r["model"] != ""
-    )
+    """The results of ``prefill_quality`` that hold something."""
+    return [result for result in results if result["bench"] == "prefill_quality" and result["cases"]]
 
 
 def _kind(row: Row) -> tuple[str, str]:

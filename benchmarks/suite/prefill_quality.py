@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,9 +154,9 @@ def time_attention(
 
     runs: dict[str, Any] = {"dense": next_tokens.over_layers(layers, ours)}
     for name in prefill_peers.BACKENDS:
-        runs[f"sdpa_{name}"] = next_tokens.over_layers(layers, lambda layer, name=name: peer(layer, name))
+        runs[f"sdpa_{name}"] = next_tokens.over_layers(layers, partial(peer, name=name))
     for setting in ladder:
-        runs[label(setting)] = next_tokens.over_layers(layers, lambda layer, setting=setting: sparse(layer, setting))
+        runs[label(setting)] = next_tokens.over_layers(layers, partial(sparse, setting=setting))
     working, failed = {}, {}
     for name, run in runs.items():
         try:
@@ -165,7 +166,7 @@ def time_attention(
         else:
             working[name] = run
     timings = measure(working, device, rounds=rounds)
-    found = {**{name: timing.to_json() for name, timing in timings.items()}, **failed}
+    found: dict[str, Any] = {**{name: timing.to_json() for name, timing in timings.items()}, **failed}
     dense = {name: found[name] for name in runs if name == "dense" or name.startswith("sdpa_")}
     return dense, [found[label(setting)].get("median_ms") for setting in ladder]
 

@@ -103,7 +103,10 @@ def new_cache(model: Any) -> Any:
 @torch.inference_mode()
 def first_token(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Reads ``ids`` ``[1, n]`` into ``cache``; the next token ``[1, 1]``."""
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    from unique_attn.hf.compat import cache_argument
+
+    given = {cache_argument(model) or "past_key_values": cache}
+    logits: Tensor = model(ids, use_cache=True, logits_to_keep=1, **given).logits
     return logits[:, -1:].argmax(-1)
 
 
