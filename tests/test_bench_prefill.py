@@ -210,7 +210,7 @@ def test_prefill(tmp_path: Path, capsys: pytest.CaptureFixture):
             dense, ours = sides["sdpa_flash_attention"]["median_ms"], sides[f"{method}_call"]["median_ms"]
             assert call["speedups"]["sdpa_flash_attention"] == pytest.approx(dense / ours, rel=0.01, abs=0.001)
     assert "(1.5x)" in capsys.readouterr().out
-    block = prefill_report.speed([result])
+    block = prefill_report.block([result])
     assert "`unique_prefill` with `directional` and `unisparse`, threshold or top-p chosen" in block
     assert block.count("| 1K | 40% |") == 2
     assert "faster than SDPA" in block
@@ -226,7 +226,7 @@ def test_both_kernels_and_all_peers_are_in_the_table(tmp_path: Path):
         case["sides"] |= dict.fromkeys(("dense", "sdpa_cudnn", "flex"), case["sides"]["lists"])
         case["lists"]["percent_of_dense_per_block"] = 87.5
         case["calls"]["directional"]["speedups"] |= {"sdpa_cudnn": 2.5, "dense": 2.4, "sdpa_flash_attention": 5.0}
-    block = prefill_report.speed([result])
+    block = prefill_report.block([result])
     head = (
         "| tokens | density | FlashAttention-2 | cuDNN | our dense kernel | given lists | FlexAttention, same lists "
         "| whole call | selection | faster than FlashAttention-2 | faster than cuDNN |"
@@ -267,7 +267,7 @@ def test_a_call_that_is_not_the_three_ops_is_reported_and_not_timed(
     assert "ZeroDivisionError" in case["calls"]["directional"]["failed"]
     assert "median_ms" in case["sides"]["lists"]
     assert "ZeroDivisionError" in capsys.readouterr().out
-    assert "| - |" in prefill_report.speed([{**run_prefill(tmp_path, "--tokens", "512")}])
+    assert "| - |" in prefill_report.block([{**run_prefill(tmp_path, "--tokens", "512")}])
 
 
 def test_dense_kernels_are_checked():
@@ -346,9 +346,11 @@ def test_ttft(tmp_path: Path, capsys: pytest.CaptureFixture):
         ratio = case["sides"][peer]["median_ms"] / sparse["median_ms"]
         assert case["speedups"]["sparse_60"][peer] == pytest.approx(ratio, rel=0.01, abs=0.001)
     assert "x sdpa" in capsys.readouterr().out
-    assert prefill_report.first_token([result]) == ""  # of a CPU
+    assert prefill_report.block([result]) == ""  # of a CPU
     result["environment"]["device"] = "NVIDIA H200"
-    block = prefill_report.first_token([result])
+    result["peers"]["transformers"] = "5.99"
+    block = prefill_report.block([result])
+    assert "transformers 5.99" in block
     assert "| model | tokens | `sdpa` | `dense` | sparse, 60% |" in block
     assert f"({100 * sparse['density']:.1f}%), **{case['speedups']['sparse_60']['sdpa']:.2f}x** |" in block
 

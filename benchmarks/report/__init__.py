@@ -49,8 +49,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "index quality results": quality.block(results),
         "finetune results": finetune.block(results),
         "families": families.block(results),
-        "PREFILL-SPEED": prefill.speed(results),
-        "PREFILL-FIRST-TOKEN": prefill.first_token(results),
+        "PREFILL-SPEED": prefill.block(results),
         "PREFILL-QUALITY": prefill_quality.block(results),
         **tables.blocks(results),
     }

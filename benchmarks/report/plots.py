@@ -183,16 +183,17 @@ def plot_panels(
         ``path``.
     """
     columns = list(dict.fromkeys(column for row in panels.values() for column in row))
-    size = (2.9 * len(columns) + 0.6, 2.5 * len(panels) + 1.3)
     figure, grid = viz.pyplot().subplots(
-        len(panels), len(columns), figsize=size, facecolor=viz.PAPER, layout="constrained", sharex=True, sharey=True,
-        squeeze=False,
+        len(panels), len(columns), figsize=(2.6 * len(columns) + 1, 2.3 * len(panels) + 1.6), facecolor=viz.PAPER,
+        layout="constrained", sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
-    figure.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=15, color=viz.INK, weight="bold")
-    figure.text(0.02, 1 - 0.5 / size[1], subtitle, fontsize=9.5, color=viz.MUTED, va="top")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1, rect=(0, 0, 1, 1 - 0.75 / figure.get_figheight()))
+    figure.text(0.02, 1 - 0.12 / figure.get_figheight(), title, fontsize=15, color=viz.INK, weight="bold", va="top")
+    figure.text(0.02, 1 - 0.45 / figure.get_figheight(), subtitle, fontsize=9.5, color=viz.MUTED, va="top")
     names = list(dict.fromkeys(name for row in panels.values() for lines in row.values() for name in lines))
     drawn: dict[str, Any] = {}
     for axes, (row, cells) in zip(grid, panels.items()):
+        first = next(column for column in columns if column in cells)
         for ax, column in zip(axes, columns):
             viz.style(ax)
             ax.set_visible(column in cells)
@@ -200,15 +201,17 @@ def plot_panels(
             ax.set_xlim(0, 1)
             ax.grid(color=viz.GRID, linewidth=0.7)
             ax.axhline(level, color=viz.MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            ax.set_title(f"{column}, {row}" if len(panels) > 1 else column, fontsize=8.5, color=viz.INK)
+            ax.set_title(column, fontsize=9, color=viz.INK)
+            ax.tick_params(labelleft=column == first, labelbottom=True)
+            if column == first:
+                ax.set_ylabel(row.replace(", ", "\n"), fontsize=8.5, color=viz.INK)
             for name, points in cells.get(column, {}).items():
-                color = viz.HEADS[names.index(name) % len(viz.HEADS)]
-                (drawn[name],) = ax.plot(
-                    *zip(*points), marker="o", markersize=3.5, linewidth=1.6, color=color, label=name
-                )
-    figure.supxlabel("density", fontsize=9, color=viz.INK)
-    figure.supylabel("KL, nats", fontsize=9, color=viz.INK)
-    return _save(figure, [drawn[name] for name in names], path, {"subtitle": subtitle, "panels": panels})
+                style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "clip_on": False}
+                (drawn[name],) = ax.plot(*zip(*points), color=viz.HEADS[names.index(name) % len(viz.HEADS)], **style)
+                drawn[name].set_label(name)
+    style = {"frameon": False, "fontsize": 9, "labelcolor": viz.INK, "handlelength": 2.8}
+    figure.legend(handles=[drawn[name] for name in names], loc="outside lower left", ncols=2, **style)
+    return viz.save(figure, path, {"subtitle": subtitle, "panels": panels})
 
 
 def plot_roofline(

@@ -73,8 +73,12 @@ def speed_table(result: Result, cases: Sequence[Mapping[str, Any]]) -> str:
     return markdown(pd.DataFrame(rows))
 
 
-def speed(results: Sequence[Result]) -> str:
-    """The block ``PREFILL-SPEED``; empty without results."""
+def block(results: Sequence[Result]) -> str:
+    """The block ``PREFILL-SPEED``: one layer, then a whole model; empty without results."""
+    return "\n".join([*_layers(results), *_models(results)])
+
+
+def _layers(results: Sequence[Result]) -> list[str]:
     parts = []
     for result in _results(results, "prefill"):
         cases = _timed(result)
@@ -100,7 +104,7 @@ def speed(results: Sequence[Result]) -> str:
         parts.append(f"{text}\n\n{speed_table(result, cases)}")
     if figures(results):
         parts.append(plots.image("Times faster than dense attention, by density and length", FIGURE))
-    return "\n".join(parts)
+    return parts
 
 
 def _settings_of(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -113,8 +117,8 @@ def _settings_of(cases: Sequence[Mapping[str, Any]]) -> str:
 # ---- A model. ----
 
 
-def first_token(results: Sequence[Result]) -> str:
-    """The block ``PREFILL-FIRST-TOKEN``; empty without results of a GPU."""
+def _models(results: Sequence[Result]) -> list[str]:
+    """Of GPUs."""
     parts = []
     for result in _results(results, "ttft"):
         cases = [case for case in result["cases"] if case.get("sides")]
@@ -137,7 +141,7 @@ def first_token(results: Sequence[Result]) -> str:
             f"fixed by top-p (`{cases[0]['method']}`); what came out is in brackets. Medians, and times faster than "
             f"stock attention.\n\n{markdown(pd.DataFrame(rows))}"
         )
-    return "\n".join(parts)
+    return parts
 
 
 def _side_title(name: str) -> str:
