@@ -23,11 +23,13 @@ from hf_prefill_cases import (
     on,
     score,
 )
+from op_cases import needs_cuda
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import unique_attn as ua
 from unique_attn.hf import compat, masks
+from unique_attn.hf.attention import unique_attention_forward
 from unique_attn.ops import NotDifferentiableError, unpack_block_mask
 
 
@@ -192,6 +194,36 @@ def test_scoring(handmade, family, padding, use_cache):
         output = score(model, inputs, use_cache=use_cache)
     assert {x.layer_idx for x in records} == FULL[family]
     torch.testing.assert_close(output, score(handmade(SPARSE, family), inputs, use_cache=use_cache), **CLOSE)
+
+
+def test_masks_of_several_words(handmade):
+    """More than 32 key blocks."""
+    inputs = prompt(1, length=2300)
+    model = enabled(SPARSE)
+    with ua.record_prefill(model) as records:
+        output = score(model, inputs)
+    assert records[0].mask.shape == (18, 4, 2)
+    assert density(records) < 0.7
+    torch.testing.assert_close(output, score(handmade(SPARSE), inputs), **CLOSE)
+
+
+@needs_cuda
+def test_the_device_is_waited_for_once_in_a_call():
+    """By the first layer, and only if there is a mask."""
+    modules = [layer.self_attn for layer in enabled().cuda().model.layers]
+    q, kv = torch.randn(2, 4, 200, 16, device="cuda"), torch.randn(2, 2, 200, 16, device="cuda")
+    mask = masks.causal_mask(torch.tensor(PADDING, device="cuda"), 200, 200)
+    for module in modules:  # what is set up in a first call
+        unique_attention_forward(module, q, kv, kv, mask)
+    with torch.no_grad():
+        for given in (None, mask.clone()):
+            for i, module in enumerate(modules):
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("default" if given is not None and i == 0 else "error")
+                try:
+                    unique_attention_forward(module, q, kv, kv, given)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
 
 
 def test_padding_attends_to_nothing():

@@ -13,7 +13,7 @@ from hf_prefill_cases import CLOSE, EXACT, PADDING, SPARSE, enabled, score
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import unique_attn as ua
-from unique_attn.hf import attention, compat
+from unique_attn.hf import attention, compat, masks
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,19 @@ def test_holes_in_the_mask():
     inputs["attention_mask"][0, 50:60] = 0
     message = "LlamaAttention is dense in this call: the attention mask of a prompt is not causal with left padding"
     assert stays_stock(enabled(), inputs) == [f"unique_attn: {message}"]
+
+
+def test_large_masks_are_looked_at_in_parts(monkeypatch):
+    padding = torch.tensor([0, 15])
+    for tokens, length in ((50, 50), (31, 50), (1, 50)):
+        good = masks.causal_mask(padding, tokens, length)
+        for size in (1, 400, 1 << 20):
+            monkeypatch.setattr(masks, "_MASK_BYTES", size)
+            assert masks.hidden_left(good, 2, tokens, length) == [0, 15]
+            for place in ((0, 0, 0, 3), (1, 0, tokens // 2, 20), (1, 0, -1, 20), (1, 0, 0, 13)):
+                wrong = good.clone()
+                wrong[place] = ~wrong[place]
+                assert masks.hidden_left(wrong, 2, tokens, length) is None
 
 
 def test_right_padding():
