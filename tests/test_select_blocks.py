@@ -296,6 +296,14 @@ def test_more_rows_than_a_grid_has(device: str, rows: str) -> None:
         assert not mask.cpu()[unused].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_refused(device: str) -> None:
+    case = chunk_case(((64, 384),), device)
+    shares = torch.rand(1, 2, 6).to(device).requires_grad_()
+    with pytest.raises(ops.NotDifferentiableError, match=r"unique_attn::select_blocks .*has no gradient"):
+        select(case, shares, Choice(threshold=0.5))[1].sum().backward()
+
+
 # ---- The oracle. ----
 
 
