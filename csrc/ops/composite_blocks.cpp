@@ -63,7 +63,9 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
 std::vector<Tensor> composite_memory(const Tensor& q, CompositeBlocksParams& params) {
   const CompositeBlocksParams& p = params;
   const int64_t pages = num_block_slots(p.total_keys, p.batch, p.pool_k);
-  Tensor entries = torch::stable::new_empty(q, {pages, p.num_kv_heads, composite_vectors(p.form), p.head_dim});
+  const bool unrounded = !q.is_cuda() && p.dtype != DType::kFloat64;
+  Tensor entries = torch::stable::new_empty(q, {pages, p.num_kv_heads, composite_vectors(p.form), p.head_dim},
+                                            unrounded ? ScalarType::Float : q.scalar_type());
   params.pages = entries.data_ptr();
   std::vector<Tensor> memory{entries};
   if (q.is_cuda()) {

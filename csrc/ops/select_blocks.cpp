@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> select_blocks(Tensor shares, Tensor cu_seqlens_q, Ten
   const PrefillBatch batch = prefill_batch(args, cu_seqlens_q, cu_seqlens_k, 0, 0, 0, block_q, block_k);
   SelectBlocksParams p =
       prepare_select_blocks(args, batch, shares.size(1), shares.size(2), threshold, top_p, min_blocks, max_blocks);
-  args.range("query block slots of shares", shares.size(0), batch.batch, INT32_MAX / 2);
+  args.range("query block slots of shares", shares.size(0), batch.batch, batch.batch == 0 ? 0 : INT32_MAX / 2);
   p.dtype = is_double ? DType::kFloat64 : DType::kFloat32;
   p.end_slot = static_cast<int>(shares.size(0));
   if (checks_values(args)) {

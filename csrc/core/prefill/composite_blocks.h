@@ -44,7 +44,7 @@ struct CompositeBlocksParams {
   int64_t k_stride_token, k_stride_head;
   int first_slot, end_slot;  // query block slots of this call
   bool pools_keys;           // `pages` is to be filled; else it is as an earlier call left it
-  void* pages;               // [page slots, H, vectors, D] in the dtype: means, then the spread as the device likes it
+  void* pages;               // [page slots, H, vectors, D]: means, then the spread. CUDA: in the dtype; CPU: unrounded
   void* workspace;           // CUDA: composite_workspace(p, multiprocessors) bytes
   void* shares;              // [end_slot - first_slot, Hm, key_blocks] contiguous fp32 (fp64 for fp64)
 };

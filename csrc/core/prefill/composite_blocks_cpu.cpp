@@ -19,7 +19,8 @@ void pool_keys(const CompositeBlocksParams& p, const CpuExecutor& exec) {
       if (count <= 0) continue;
       for (int head = 0; head < p.num_kv_heads; ++head) {
         const T* keys = static_cast<const T*>(p.k) + int64_t{first} * p.k_stride_token + head * p.k_stride_head;
-        T* entry = static_cast<T*>(p.pages) + (slot * p.num_kv_heads + head) * RuleT::kVectors * p.head_dim;
+        AccOf<T>* entry =
+            static_cast<AccOf<T>*>(p.pages) + (slot * p.num_kv_heads + head) * RuleT::kVectors * p.head_dim;
         encode_page<RuleT>(keys, p.k_stride_token, count, p.head_dim, entry);
       }
     }
@@ -39,10 +40,10 @@ class CompositeBlock {
         row_pages(round_up(int64_t{p.key_blocks} * (p.block_k / p.pool_k), kMaxTile) + kMaxTile),
         scratch(Scratch::padded<Acc>(int64_t{padded_rows(pooled_rows)} * q_stride) +
                 Scratch::padded<Acc>(RuleT::kSums * padded_rows(pooled_rows) * row_pages) +
-                Scratch::padded<const T*>(row_pages)) {
+                Scratch::padded<const Acc*>(row_pages)) {
     q = scratch.template take<Acc>(int64_t{padded_rows(pooled_rows)} * q_stride);
     sums = scratch.template take<Acc>(RuleT::kSums * padded_rows(pooled_rows) * row_pages);
-    entries = scratch.template take<const T*>(row_pages);
+    entries = scratch.template take<const Acc*>(row_pages);
     for (int64_t i = 0; i < int64_t{padded_rows(pooled_rows)} * q_stride; ++i) q[i] = Acc(0);
   }
 
@@ -63,10 +64,10 @@ class CompositeBlock {
     const int64_t entry = int64_t{RuleT::kVectors} * p.head_dim;
     for (int64_t j = 0; j < round_up(pages, kMaxTile); ++j) {
       const int64_t page = first_page + min_of(static_cast<int>(j), pages - 1);
-      entries[j] = static_cast<const T*>(p.pages) + (page * p.num_kv_heads + kv_head) * entry;
+      entries[j] = static_cast<const Acc*>(p.pages) + (page * p.num_kv_heads + kv_head) * entry;
     }
     const int64_t rule_stride = padded_rows(pooled_rows) * row_pages;
-    sum_all_rows<RuleT>(entries, pages, q, rows, q_stride, p.head_dim, Ahead<T>{entries, 0, 0},
+    sum_all_rows<RuleT>(entries, pages, q, rows, q_stride, p.head_dim, Ahead<Acc>{entries, 0, 0},
                         Sums<Acc>{sums, row_pages, rule_stride});
     const int block_pages = p.block_k / p.pool_k;
     for (int r = 0; r < rows; ++r) {
@@ -78,6 +79,9 @@ class CompositeBlock {
         for (int j = block * block_pages; j < min_of((block + 1) * block_pages, seen); ++j) mass += row[j];
         add(mass / total, rows, shares[block]);
       }
+    }
+    for (int block = 0; block < p.key_blocks; ++block) {  // by rounding
+      shares[block] = shares[block] > Acc(1) ? Acc(1) : shares[block];
     }
   }
 
@@ -130,9 +134,9 @@ class CompositeBlock {
   const int q_stride;
   const int64_t row_pages;
   Scratch scratch;
-  Acc* q;             // [padded pooled rows][q_stride]
-  Acc* sums;          // [sums][padded pooled rows][row_pages]; u becomes logits, then weights
-  const T** entries;  // [row_pages]
+  Acc* q;               // [padded pooled rows][q_stride]
+  Acc* sums;            // [sums][padded pooled rows][row_pages]; u becomes logits, then weights
+  const Acc** entries;  // [row_pages]
 };
 
 template <typename RuleT, typename T>

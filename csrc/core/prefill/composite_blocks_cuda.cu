@@ -73,7 +73,7 @@ __device__ __forceinline__ void pool_queries(const CompositeBlocksParams& p, con
 
 template <typename T, int DP, bool kSpread>
 __global__ void __launch_bounds__(Config<T, DP>::kThreads)
-    composite_blocks_kernel(const CompositeBlocksParams p, int64_t items, int tiles) {
+    composite_blocks_kernel(const CompositeBlocksParams p, const CompositeTiles tiles) {
   using C = Config<T, DP>;
   using V = VarianceType<T>;
   constexpr int kPages = C::kPages;
@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const int block_rows = p.block_q / p.pool_q;
-  const int tile_blocks = C::kRows / block_rows;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int unit = composite_unit(p);
   const UnitWeights<T> kept(p, gridDim.x * kCompositeRows, int64_t{blockIdx.x} * kCompositeRows);
@@ -96,8 +95,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
   const int64_t entry = int64_t{kSpread ? 2 : 1} * p.head_dim;
 
   clear_spare_slots(p);
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const CompositeTile tile = composite_tile(p, item, tiles, tile_blocks);
+  for (int64_t round = 0; round * gridDim.x < tiles.count; ++round) {
+    const CompositeTile tile = composite_tile(p, tiles, composite_item(round));
     if (tile.num_blocks <= 0) continue;
     __syncthreads();  // nobody reads the shared memory of the tile before any more
     pool_queries<T, DP, kSpread>(p, tile, q_tile, squares);
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
       if (lane % 4 == 0) lse[rows[half]] = total;
     }
     __syncthreads();  // all weights are written
-    write_shares<C::kThreads, kPages, T>(p, tile, block_rows, kept, lse, threadIdx.x);
+    write_all_shares<C::kThreads, kPages>(p, tile, block_rows, kept, lse, threadIdx.x);
   }
 }
 
@@ -177,12 +176,11 @@ cudaError_t launch(const CompositeBlocksParams& p, int multiprocessors, cudaStre
   const auto kernel = composite_blocks_kernel<T, DP, kSpread>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int tile_blocks = C::kRows / (p.block_q / p.pool_q);
-  const int64_t tiles = composite_tiles(p, tile_blocks);
-  const int64_t items = int64_t{p.batch} * tiles * composite_heads(p);
+  const CompositeTiles tiles = composite_tiles(p, C::kRows / (p.block_q / p.pool_q));
   const int64_t most = int64_t{kCompositeResident} * multiprocessors;
-  const unsigned blocks = static_cast<unsigned>(items < most ? items : most);
-  kernel<<<blocks, C::kThreads, C::kSharedBytes, stream>>>(p, items, static_cast<int>(tiles));
+  // At least one: slots that belong to no block are cleared in any case.
+  const unsigned blocks = static_cast<unsigned>(tiles.count < 1 ? 1 : tiles.count < most ? tiles.count : most);
+  kernel<<<blocks, C::kThreads, C::kSharedBytes, stream>>>(p, tiles);
   return cudaGetLastError();
 }
 

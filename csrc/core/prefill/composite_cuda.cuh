@@ -22,29 +22,56 @@ struct CompositeTile {
   int num_blocks;   // none or less: nothing to do
 };
 
-// Tiles of a call: `tile_blocks` blocks each, of every sequence and head, the late blocks of a sequence first.
-__device__ __forceinline__ CompositeTile composite_tile(const CompositeBlocksParams& p, int64_t item, int tiles,
-                                                        int tile_blocks) {
-  const int heads = composite_heads(p);
-  CompositeTile tile;
-  tile.head = static_cast<int>(item % heads);
-  const int from_end = static_cast<int>(item / heads % tiles);
-  tile.sequence = static_cast<int>(item / heads / tiles);
+// Tiles of a call, `blocks` blocks each, of every sequence and head, and the order in which a grid of thread blocks takes
+// them: KV heads in sets whose pages stay in L2 together, in a set the late tiles of every sequence first.
+struct CompositeTiles {
+  int blocks;       // of queries
+  int of_sequence;  // at most
+  int set_heads;    // KV heads
+  int64_t count;
+};
+
+// Item `round` of this thread block. Every other round goes through the grid backwards, so that all get about as much.
+__device__ __forceinline__ int64_t composite_item(int64_t round) {
+  return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+__device__ __forceinline__ CompositeTile composite_tile(const CompositeBlocksParams& p, const CompositeTiles& tiles,
+                                                        int64_t item) {
+  CompositeTile tile{0, 0, 0, 0};
+  if (item >= tiles.count) return tile;
+  const int group = composite_heads(p) / p.num_kv_heads;
+  const int64_t head_items = int64_t{group} * p.batch * tiles.of_sequence;  // of a KV head
+  const int first_head = static_cast<int>(item / (head_items * tiles.set_heads)) * tiles.set_heads;
+  const int heads = min(tiles.set_heads, p.num_kv_heads - first_head) * group;
+  const int64_t in_set = item - first_head * head_items;
+  tile.head = first_head * group + static_cast<int>(in_set % heads);
+  tile.sequence = static_cast<int>(in_set / heads % p.batch);
+  const int from_end = static_cast<int>(in_set / heads / p.batch);
   const int start = p.cu_seqlens_q[tile.sequence];
   const int slot = block_slot(start, tile.sequence, p.block_q, 0);
   const int end = min((p.cu_seqlens_q[tile.sequence + 1] - start + p.block_q - 1) / p.block_q, p.end_slot - slot);
   const int first = max(p.first_slot - slot, 0);
-  const int place = (end - first + tile_blocks - 1) / tile_blocks - 1 - from_end;
-  tile.first_block = first + place * tile_blocks;
-  tile.num_blocks = place < 0 ? 0 : min(tile_blocks, end - tile.first_block);
+  const int place = (end - first + tiles.blocks - 1) / tiles.blocks - 1 - from_end;
+  tile.first_block = first + place * tiles.blocks;
+  tile.num_blocks = place < 0 ? 0 : min(tiles.blocks, end - tile.first_block);
   return tile;
 }
 
-// Most tiles of a sequence in a call.
-inline int64_t composite_tiles(const CompositeBlocksParams& p, int tile_blocks) {
+inline CompositeTiles composite_tiles(const CompositeBlocksParams& p, int blocks) {
+  constexpr int64_t kSetBytes = int64_t{32} << 20;
   const int64_t of_sequence = (int64_t{p.max_queries} + p.block_q - 1) / p.block_q;
   const int64_t of_call = p.end_slot - p.first_slot;
-  return ((of_sequence < of_call ? of_sequence : of_call) + tile_blocks - 1) / tile_blocks;
+  const int64_t most = of_sequence < of_call ? of_sequence : of_call;
+  const int64_t head_bytes = (p.total_keys / p.pool_k + int64_t{p.batch}) * composite_vectors(p.form) * p.head_dim *
+                             static_cast<int64_t>(dtype_size(p.dtype));
+  const int64_t sets = (head_bytes * p.num_kv_heads + kSetBytes - 1) / kSetBytes;
+  CompositeTiles tiles;
+  tiles.blocks = blocks;
+  tiles.of_sequence = static_cast<int>((most + blocks - 1) / blocks);
+  tiles.set_heads = static_cast<int>((p.num_kv_heads + sets - 1) / sets);
+  tiles.count = int64_t{p.batch} * tiles.of_sequence * composite_heads(p);
+  return tiles;
 }
 
 // What a tile sees: pages of its sequence up to the last key that a row's queries see.
@@ -163,60 +190,86 @@ struct RowSoftmax {
   }
 };
 
-constexpr int kMostBlockRows = 16;  // pooled queries of a block
-
-// Shares of a tile's query blocks of `rows` rows from the weights of their units and lse[row], the logarithm of all of a
-// row's weight. kThreads threads come here.
-template <int kThreads, int kTilePages, typename T>
+// Shares of a tile's query blocks of `rows` rows, at most kRows, from the weights of their units and lse[row], the
+// logarithm of all of a row's weight. kThreads threads come here.
+template <int kThreads, int kTilePages, int kRows, typename T>
 __device__ __forceinline__ void write_shares(const CompositeBlocksParams& p, const CompositeTile& tile, int rows,
                                              const UnitWeights<T>& from, const float* lse, int thread) {
+  constexpr int kBatch = 32 / kRows;  // key blocks whose loads are under way together
   const int heads = composite_heads(p);
   const int num_keys = p.cu_seqlens_k[tile.sequence + 1] - p.cu_seqlens_k[tile.sequence];
   const int unit = composite_unit(p);
   const int block_pages = p.block_k / p.pool_k;
   const int block_units = block_pages / unit;
   const int start = p.cu_seqlens_q[tile.sequence];
+  const int units = static_cast<int>(from.units), tiles = static_cast<int>(from.tiles);
   for (int i = 0; i < tile.num_blocks; ++i) {
     const int slot = block_slot(start, tile.sequence, p.block_q, tile.first_block + i);
     const QueryBlock at = query_block_at(p.cu_seqlens_q, p.cu_seqlens_k, p.batch, p.block_q, slot);
     const int count = (at.num_queries + p.pool_q - 1) / p.pool_q;
     const int all_see = composite_seen(p, at, 0, num_keys);
-    const int one_sees = composite_seen(p, at, count - 1, num_keys);
-    float totals[kMostBlockRows];
-#pragma unroll
-    for (int r = 0; r < kMostBlockRows; ++r) totals[r] = lse[i * rows + min(r, count - 1)];
+    const int end = (composite_seen(p, at, count - 1, num_keys) + block_pages - 1) / block_pages;
+    const WeightType<T>* weights = from.weights + i * rows * from.units;
+    const float* bases = from.bases + i * rows * from.tiles;
     float* shares = static_cast<float*>(p.shares) + (int64_t{slot - p.first_slot} * heads + tile.head) * p.key_blocks;
-    for (int block = thread; block < p.key_blocks; block += kThreads) {
-      const int first_page = block * block_pages;
-      if (first_page >= one_sees) {
-        shares[block] = 0.f;
-        continue;
-      }
-      float masses[kMostBlockRows] = {};
+    for (int first = thread; first < end; first += kThreads * kBatch) {
+      float masses[kBatch][kRows] = {};
       for (int u = 0; u < block_units; ++u) {
-        const int page = first_page + u * unit;
-        const WeightType<T>* weights = from.weights + i * rows * from.units + block * block_units + u;
-        const float* bases = from.bases + i * rows * from.tiles + page / kTilePages;
-        // Rows past the last one are that one again, so that all loads are under way at once.
+        WeightType<T> weight[kBatch][kRows];
+        float base[kBatch][kRows];
+        // Rows and blocks past the last one are that one again, so that all loads are under way at once.
 #pragma unroll
-        for (int r = 0; r < kMostBlockRows; ++r) {
-          const int row = min(r, count - 1);
-          const float weight = to_float(weights[row * from.units]);
-          const float mass = weight * exp2_fast(bases[row * from.tiles] - totals[r]);
-          if (page + unit <= all_see || page < composite_seen(p, at, row, num_keys)) masses[r] += mass;
+        for (int j = 0; j < kBatch; ++j) {
+          const int block = min(first + j * kThreads, end - 1);
+          const int page = block * block_pages + u * unit;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const int row = min(r, count - 1);
+            weight[j][r] = weights[row * units + block * block_units + u];
+            base[j][r] = bases[row * tiles + page / kTilePages];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int page = (first + j * kThreads) * block_pages + u * unit;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const int row = min(r, count - 1);
+            const float mass = to_float(weight[j][r]) * exp2_fast(base[j][r] - lse[i * rows + row]);
+            if (page + unit <= all_see || page < composite_seen(p, at, row, num_keys)) masses[j][r] += mass;
+          }
         }
       }
-      float share = masses[0];
 #pragma unroll
-      for (int r = 1; r < kMostBlockRows; ++r) {
-        if (p.aggregate == Aggregate::kMean) {
-          if (r < count) share += masses[r];
-        } else if (!(share >= masses[r]) && share == share) {
-          share = masses[r];  // NaN wins
+      for (int j = 0; j < kBatch; ++j) {
+        float share = masses[j][0];
+#pragma unroll
+        for (int r = 1; r < kRows; ++r) {
+          if (p.aggregate == Aggregate::kMean) {
+            if (r < count) share += masses[j][r];
+          } else if (!(share >= masses[j][r]) && share == share) {
+            share = masses[j][r];  // NaN wins
+          }
         }
+        if (p.aggregate == Aggregate::kMean) share /= static_cast<float>(count);
+        const int block = first + j * kThreads;
+        if (block < end) shares[block] = share > 1.f ? 1.f : share;  // by rounding
       }
-      shares[block] = p.aggregate == Aggregate::kMean ? share / static_cast<float>(count) : share;
     }
+    for (int block = end + thread; block < p.key_blocks; block += kThreads) shares[block] = 0.f;
+  }
+}
+
+// The same for any number of rows of a block: a power of 2 up to 16.
+template <int kThreads, int kTilePages, typename T>
+__device__ __forceinline__ void write_all_shares(const CompositeBlocksParams& p, const CompositeTile& tile, int rows,
+                                                 const UnitWeights<T>& from, const float* lse, int thread) {
+  if (rows == 16) {
+    write_shares<kThreads, kTilePages, 16>(p, tile, rows, from, lse, thread);
+  } else if (rows == 8) {
+    write_shares<kThreads, kTilePages, 8>(p, tile, rows, from, lse, thread);
+  } else {
+    write_shares<kThreads, kTilePages, 4>(p, tile, rows, from, lse, thread);
   }
 }
 

@@ -67,21 +67,20 @@ __device__ __forceinline__ unsigned squared(unsigned pair) {
 
 template <typename T, int D, bool kSpread>
 __global__ void __launch_bounds__(Roles::kThreads, 1)
-    composite_hopper(const __grid_constant__ Maps maps, const __grid_constant__ CompositeBlocksParams p, int64_t items,
-                     int tiles) {
+    composite_hopper(const __grid_constant__ Maps maps, const __grid_constant__ CompositeBlocksParams p,
+                     const CompositeTiles tiles) {
 #ifdef UA_HOPPER
   using S = Shared<D>;
   extern __shared__ char shared_bytes[];
   auto& shared = shared_storage<S>(shared_bytes);
   const int block_rows = p.block_q / p.pool_q;
-  const int tile_blocks = kCompositeHopperRows / block_rows;
   const int warpgroup = enter_roles<Roles>([&] { shared.ring.init(Roles::kReaders); }, [&] { clear_spare_slots(p); });
 
   if (Roles::copies(warpgroup)) {
     if (Roles::one_copies()) {
       Ring<kStages> ring;
-      for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const CompositeTile tile = composite_tile(p, item, tiles, tile_blocks);
+      for (int64_t round = 0; round * gridDim.x < tiles.count; ++round) {
+        const CompositeTile tile = composite_tile(p, tiles, composite_item(round));
         if (tile.num_blocks <= 0) continue;
         const int pages = CompositeView(p, tile).pages(p, tile.num_blocks * block_rows - 1);
         const int slot = block_slot(p.cu_seqlens_k[tile.sequence], tile.sequence, p.pool_k, 0);
@@ -111,8 +110,8 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
   const float scale = static_cast<float>(p.scale) * kLog2e;
   const float weight = static_cast<float>(p.spread_weight) * scale;
   Ring<kStages> ring;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    CompositeTile tile = composite_tile(p, item, tiles, tile_blocks);
+  for (int64_t round = 0; round * gridDim.x < tiles.count; ++round) {
+    CompositeTile tile = composite_tile(p, tiles, composite_item(round));
     if (tile.num_blocks <= 0) continue;
     const CompositeView all(p, tile);
     const int pages = all.pages(p, tile.num_blocks * block_rows - 1);
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
       if (lane % 4 == 0) lse[row + half * 8] = total;
     }
     named_barrier(1 + warpgroup, kWarpgroup);  // all weights are written
-    write_shares<kWarpgroup, kPages, T>(p, tile, block_rows, kept, lse, thread);
+    write_all_shares<kWarpgroup, kPages>(p, tile, block_rows, kept, lse, thread);
     named_barrier(1 + warpgroup, kWarpgroup);  // and read
   }
 #endif
@@ -190,10 +189,11 @@ cudaError_t launch(const CompositeBlocksParams& p, const Maps& maps, int multipr
   const auto kernel = composite_hopper<T, D, kSpread>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = composite_tiles(p, kCompositeHopperRows / (p.block_q / p.pool_q));
-  const int64_t items = int64_t{p.batch} * tiles * composite_heads(p);
-  const unsigned blocks = static_cast<unsigned>(items < multiprocessors ? items : multiprocessors);
-  kernel<<<blocks, Roles::kThreads, kBytes, stream>>>(maps, p, items, static_cast<int>(tiles));
+  const CompositeTiles tiles = composite_tiles(p, kCompositeHopperRows / (p.block_q / p.pool_q));
+  const int64_t most = multiprocessors;
+  // At least one: slots that belong to no block are cleared in any case.
+  const unsigned blocks = static_cast<unsigned>(tiles.count < 1 ? 1 : tiles.count < most ? tiles.count : most);
+  kernel<<<blocks, Roles::kThreads, kBytes, stream>>>(maps, p, tiles);
   return cudaGetLastError();
 }
 
@@ -207,7 +207,7 @@ cudaError_t launch(const CompositeBlocksParams& p, const Maps& maps, int multipr
 
 bool composite_on_hopper(const CompositeBlocksParams& p, const DeviceFacts& device) {
   return device.runs_sm90 && (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) &&
-         (p.head_dim == 64 || p.head_dim == 128);
+         (p.head_dim == 64 || p.head_dim == 128) && p.total_keys > 0;
 }
 
 cudaError_t composite_blocks_hopper(const CompositeBlocksParams& p, const DeviceFacts& device, cudaStream_t stream) {
