@@ -1,13 +1,15 @@
-"""Cases for the prefill tests: packed chunks of prompts with a block mask, the library's run, the oracle's, and the
-error bound.
+"""Cases for the prefill tests: packed chunks of prompts with a block mask, the library's runs, the oracles', and the
+error bounds.
 
 A `PrefillSpec` is what hypothesis draws and prints; `build(spec, device)` makes the tensors of it, always the same.
-Rows of the mask that no query block has, and bits past a sequence's keys, are drawn too: they must not matter.
+Rows of the mask that no query block has, and bits past a sequence's keys, are drawn too: they must not matter. An
+`Estimate` is how shares are estimated, `Choice` which of them are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from op_cases import DTYPES, GROUPS, HEAD_DIMS, Q_LAYOUTS, accumulator, assert_c
 from torch import Tensor
 
 from unique_attn import ops, reference_prefill
+
+METHODS = ["directional", "unisparse"]
+POOLS = [8, 16, 32, 64]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,34 @@ class PrefillSpec:
         return {"block_q": self.block_q, "block_k": self.block_k}
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What `composite_blocks` takes beside the tensors and the sizes of blocks."""
+
+    method: str = "directional"
+    pool_q: int = 8
+    pool_k: int = 8
+    spread_weight: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `select_blocks` takes beside the tensors and the sizes of blocks."""
+
+    threshold: float | None = None
+    top_p: float | None = None
+    min_blocks: int = 0
+    max_blocks: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass
 class PrefillCase:
     q: Tensor
@@ -55,6 +88,18 @@ class PrefillCase:
     @property
     def max_seqlen_q(self) -> int:
         return max([0, *(n for n, _ in self.spec.chunks)])
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return max([0, *(m for _, m in self.spec.chunks)])
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        return self.cu_seqlens_q, self.cu_seqlens_k
+
+    @property
+    def slots(self) -> int:
+        return self.q.shape[0] // self.spec.block_q + len(self.spec.chunks)
 
     @property
     def mask(self) -> Tensor:
@@ -71,6 +116,45 @@ class PrefillCase:
         starts = self.cu_seqlens_q.tolist()
         b = max(b for b in range(len(starts) - 1) if starts[b] <= query < starts[b + 1])
         return starts[b] // self.spec.block_q + b + (query - starts[b]) // self.spec.block_q
+
+    @property
+    def query_blocks(self) -> list[QueryBlock]:
+        """Those that there are, in the order of their rows."""
+        result, size = [], self.spec.block_q
+        for b, (queries, keys) in enumerate(self.sequences):
+            n, m = queries.stop - queries.start, keys.stop - keys.start
+            for i in range(-(-n // size)):
+                end = min((i + 1) * size, n)
+                rows = slice(queries.start + i * size, queries.start + end)
+                result.append(QueryBlock(queries.start // size + b + i, b, rows, m - n + i * size, m - n + end - 1))
+        return result
+
+    def visible(self, key_blocks: int) -> Tensor:
+        """bool ``[slots, key_blocks]``: the key blocks that a query block sees."""
+        return self._blocks(key_blocks, lambda block, first: first <= block.last)
+
+    def forced(self, key_blocks: int) -> Tensor:
+        """bool ``[slots, key_blocks]``: the first block and the diagonal of those."""
+        size = self.spec.block_k
+        return self._blocks(
+            key_blocks,
+            lambda block, first: (first == 0) | ((first + size > block.first) & (first <= block.last)),
+        )
+
+    def _blocks(self, key_blocks: int, holds: Callable[[QueryBlock, Tensor], Tensor]) -> Tensor:
+        flags = torch.zeros(self.slots, key_blocks, dtype=torch.bool)
+        for block in self.query_blocks:
+            flags[block.slot] = holds(block, torch.arange(key_blocks) * self.spec.block_k)
+        return flags
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    slot: int
+    sequence: int
+    queries: slice  #: in q
+    first: int  #: position of its first query
+    last: int
 
 
 def cumulative(lengths: list[int], device: str) -> Tensor:
@@ -139,6 +223,80 @@ def assert_attention(case: PrefillCase, got: tuple[Tensor, Tensor]) -> None:
     assert_close(got[1], lse, same_lse, "lse", logit)
 
 
+# ---- Shares, selection, all of it. ----
+
+
+def composite(case: PrefillCase, estimate: Estimate = Estimate()) -> Tensor:
+    return ops.composite_blocks(
+        case.q, case.k, *case.bounds, case.max_seqlen_q, case.max_seqlen_k,
+        **estimate.options, **case.spec.blocks, scale=case.spec.scale,
+    )  # fmt: skip
+
+
+def composite_oracle(case: PrefillCase, estimate: Estimate, dtype: torch.dtype = torch.float64) -> Tensor:
+    return reference_prefill.composite_blocks(
+        case.q, case.k, *case.bounds, case.max_seqlen_k,
+        **estimate.options, **case.spec.blocks, scale=case.spec.scale, compute_dtype=dtype,
+    )  # fmt: skip
+
+
+def select(case: PrefillCase, shares: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    return ops.select_blocks(shares, *case.bounds, **choice.options, **case.spec.blocks)
+
+
+def select_oracle(case: PrefillCase, shares: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    return reference_prefill.select_blocks(shares.cpu(), *case.bounds, **choice.options, **case.spec.blocks)
+
+
+def prefill(
+    case: PrefillCase, choice: Choice = Choice(), estimate: Estimate = Estimate()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return ops.unique_prefill(
+        case.q, case.k, case.v, *case.bounds, case.max_seqlen_q, case.max_seqlen_k,
+        **estimate.options, **choice.options, **case.spec.blocks, scale=case.spec.scale,
+    )  # fmt: skip
+
+
+def by_hand(
+    case: PrefillCase, choice: Choice, estimate: Estimate = Estimate()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `prefill` must equal: the three ops, one after the other."""
+    mask, kept = select(case, composite(case, estimate), choice)
+    out, lse = ops.block_sparse_attention(
+        case.q, case.k, case.v, *case.bounds, case.max_seqlen_q, mask, **case.spec.blocks, scale=case.spec.scale
+    )
+    return out, lse, mask, kept
+
+
+def share_heads(case: PrefillCase, estimate: Estimate) -> int:
+    return case.spec.kv_heads * (1 if estimate.method == "unisparse" else case.spec.group)
+
+
+def assert_shares(case: PrefillCase, estimate: Estimate, got: Tensor) -> None:
+    """``got`` errs at most twice as much as a PyTorch run that rounds as the op must; an error of a logit is a relative
+    error of a share, which is at most 1.
+
+    Beside that, what roundings of the means to 16 bits do to a logit: of few numbers a run can have lucky ones.
+    """
+    dtype = case.spec.dtype
+    key_blocks = -(-case.max_seqlen_k // case.spec.block_k)
+    assert (got.dtype, got.shape) == (accumulator(dtype), (case.slots, share_heads(case, estimate), key_blocks))
+    if got.numel() == 0:
+        return
+    dim, scale = case.spec.head_dim, abs(case.spec.scale or case.spec.head_dim**-0.5)
+    weight = abs(2.0 if estimate.spread_weight is None else estimate.spread_weight)
+    sizes = [typical_size(x) for x in (case.q, case.k)]
+    terms = 1 + scale * sizes[0] * sizes[1] * dim * (1 + weight)
+    if dtype.itemsize == 2:
+        means = [
+            typical_size(torch.stack([part.double().mean(0) for part in x.split(size)]))
+            for x, size in ((case.q, estimate.pool_q), (case.k, estimate.pool_k))
+        ]
+        error = torch.finfo(dtype).eps / 4 * scale * means[0] * (dim**0.5 * means[1] + weight * sizes[1])
+        terms += error / (4 * torch.finfo(torch.float32).eps)
+    assert_close(got, composite_oracle(case, estimate), composite_oracle(case, estimate, dtype), "shares", terms)
+
+
 # ---- What hypothesis draws. ----
 
 
@@ -159,6 +317,27 @@ def chunks(draw: st.DrawFn, block_q: int, block_k: int, longest: int = 400) -> t
         queries = draw(st.one_of(st.just(keys), length, st.sampled_from([0, 1])))
         result.append((min(queries, keys), keys))
     return tuple(result)
+
+
+@st.composite
+def estimates(draw: st.DrawFn) -> Estimate:
+    method = draw(st.sampled_from(METHODS))
+    weight = None if method == "unisparse" else draw(st.sampled_from([None, None, 0.0, 0.5, 3.0]))
+    return Estimate(method, draw(st.sampled_from(POOLS)), draw(st.sampled_from(POOLS)), weight)
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> Choice:
+    """A threshold or a part of the whole, at the ends and between, and sometimes a least and a most number."""
+    least, most = draw(st.sampled_from([0, 0, 1, 3, 1000])), draw(st.sampled_from([None, None, 0, 1, 2, 5, 1000]))
+    number = draw(st.one_of(st.sampled_from([0.0, 1.0, 0.5, 0.25]), st.floats(0, 1), st.floats(0, 0.1)))
+    by_threshold = draw(st.booleans())
+    return Choice(
+        threshold=number if by_threshold else None,
+        top_p=None if by_threshold else number,
+        min_blocks=least if most is None else min(least, most),
+        max_blocks=most,
+    )
 
 
 @st.composite

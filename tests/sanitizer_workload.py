@@ -76,7 +76,8 @@ def training_step(dtype: torch.dtype, group: int, head_dim: int, page_size: int,
 
 
 def prefill(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, mask_heads: int) -> None:
-    """Attention over listed blocks of two sequences, one with more keys than queries."""
+    """Attention over listed blocks of two sequences, one with more keys than queries, and over blocks that are chosen,
+    with every size of pools."""
     q = torch.randn(300, 4, head_dim, device="cuda").to(dtype)
     k, v = torch.randn(2, 500, 2, head_dim, device="cuda").to(dtype)
     cu_seqlens_q, cu_seqlens_k = (
@@ -86,6 +87,14 @@ def prefill(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, mask_
     ops.block_sparse_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, 170, ops.pack_block_mask(listed), block_q=block_q, block_k=block_k
     )
+    blocks = {"block_q": block_q, "block_k": block_k}
+    for i, pool_q in enumerate((8, 16, 32, 64)):
+        estimate = {"pool_q": pool_q, "pool_k": (32, 8, 64, 16)[i], "method": ("directional", "unisparse")[i % 2]}
+        bounds = (cu_seqlens_q, cu_seqlens_k, 170, 333)
+        shares = ops.composite_blocks(q, k, *bounds, **estimate, **blocks)
+        ops.select_blocks(shares, *bounds[:2], top_p=0.7, **blocks)
+        ops.select_blocks(shares, *bounds[:2], threshold=0.2, min_blocks=2, max_blocks=4, **blocks)
+        ops.unique_prefill(q, k, v, *bounds, **estimate, **blocks)
 
 
 def main() -> None:
@@ -103,6 +112,9 @@ def main() -> None:
             out_of_range_step(dtype, index_format)
         for shape in ((64, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 1), (40, 64, 128, 4), (256, 128, 64, 1)):
             prefill(dtype, *shape)
+    shares = torch.rand(1, 3, 3001, device="cuda")  # of few queries and many keys
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (70, 3001 * 64 - 5))
+    ops.select_blocks(shares, cu_seqlens_q, cu_seqlens_k, top_p=0.5)
     topk = torch.randn(2, 1, 2, 9000, device="cuda")
     lens = torch.full((2,), 9000 * 8, dtype=torch.int32, device="cuda")
     for scores in (topk, topk.bfloat16()):

@@ -22,6 +22,9 @@ OPS = [
     "sparse_decode",
     "unique_decode",
     "block_sparse_attention",
+    "composite_blocks",
+    "select_blocks",
+    "unique_prefill",
 ]
 SPEC = Spec((61, 38), num_tokens=2, group=3, page_size=8, dtype=torch.bfloat16)
 
@@ -45,7 +48,8 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
     table = {"block_table": case.block_table, "seq_lens": case.seq_lens}
     k, v = case.k.flatten(0, 1), case.v.flatten(0, 1)
     caches = (case.k_cache, case.v_cache)
-    bounds = torch.tensor([0, 3, 4], dtype=torch.int32, device=case.q.device)
+    bounds = (torch.tensor([0, 3, 4], dtype=torch.int32, device=case.q.device),) * 2
+    q, shares = case.q.flatten(0, 1), scores[:, :, 0, :1].contiguous()
     return {
         "append_kv": lambda: ops.append_kv(k, v, *caches, slots),
         "page_index": lambda: ops.page_index(
@@ -56,14 +60,11 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
         "sparse_decode": lambda: ops.sparse_decode(case.q, *caches, selected, **table, page_size=8, window=40),
         "unique_decode": lambda: step(case, 4, budget_pages=budget),
         "block_sparse_attention": lambda: ops.block_sparse_attention(
-            case.q.flatten(0, 1),
-            k,
-            v,
-            bounds,
-            bounds,
-            3,
-            ops.pack_block_mask(torch.ones_like(slots[:2]).bool().view(2, 1, 1)),
+            q, k, v, *bounds, 3, ops.pack_block_mask(torch.ones_like(slots[:2]).bool().view(2, 1, 1))
         ),
+        "composite_blocks": lambda: ops.composite_blocks(q, k, *bounds, 3, 3, method="unisparse"),
+        "select_blocks": lambda: ops.select_blocks(shares, *bounds, top_p=0.9),
+        "unique_prefill": lambda: ops.unique_prefill(q, k, v, *bounds, 3, 3, threshold=0.1, max_blocks=9),
     }
 
 
@@ -157,8 +158,40 @@ def test_lengths_change_without_recompilation(device: str, backend: str) -> None
     assert counter.frame_count == 1
 
 
+def prefill_step(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """A prompt inside other computation, by the three ops and by the one."""
+    bounds, q = (cu_seqlens_q, cu_seqlens_k), q * 2
+    mask, _ = ops.select_blocks(ops.composite_blocks(q, k, *bounds, 512, 1024), *bounds, threshold=0.05)
+    out, _ = ops.block_sparse_attention(q, k, v, *bounds, 512, mask)
+    same, lse, _, _ = ops.unique_prefill(q, k, v, *bounds, 512, 1024, threshold=0.05)
+    return out + same + lse[..., None]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["page_scores", "sparse_decode", "block_sparse_attention"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_prompts_change_without_recompilation(device: str, backend: str) -> None:
+    """Bounds are values on the device, and tokens a dynamic dimension: one graph for prompts and chunks of all
+    lengths, as long as the upper bounds, which are numbers of the host, stay."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(prefill_step, fullgraph=True, backend=counter)
+    for chunks in (((300, 700), (65, 65)), ((512, 512), (1, 1)), ((9, 1000), (129, 131)), ((3, 3), (40, 44))):
+        queries, keys = (torch.tensor([0, a, a + b]) for a, b in zip(*chunks, strict=True))
+        q, k, v = (
+            torch.randn(int(bounds[-1]), heads, 16, device=device)
+            for bounds, heads in ((queries, 6), (keys, 3), (keys, 3))
+        )
+        for tensor in (q, k, v):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        args = (q, k, v, queries.int().to(device), keys.int().to(device))
+        torch.testing.assert_close(compiled(*args), prefill_step(*args))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name", ["page_scores", "sparse_decode", "block_sparse_attention", "composite_blocks", "unique_prefill"]
+)
 def test_backward_says_that_there_is_none(device: str, name: str) -> None:
     case = finite_case(device)
     case.q.requires_grad_()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,16 @@ def texts(files: list[str]) -> dict[str, str]:
     return {"prose": prose, "technical": "\n\n".join(topics.topics[name] for name in sorted(topics.topics))}
 
 
-@torch.inference_mode()
-def capture(model: Any, ids: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-    """What the attention of every layer is given for ``ids`` ``[1, n]``, rotary embeddings applied.
-
-    Returns:
-        The queries of the last tokens ``[layers, H, G, num_queries, D]`` and all keys ``[layers, H, n, D]``, fp32.
-    """
+@contextmanager
+def observing(model: Any, see: Callable[[Tensor, Tensor, Tensor, dict[str, Any]], object]) -> Iterator[None]:
+    """Inside, attention of ``model`` is SDPA's, and ``see`` is given what it is given: queries ``[B, Hq, T, D]``, keys
+    and values ``[B, H, n, D]``, rotary embeddings applied, and the keywords."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        queries.append(query[0, :, -num_queries:].float().unflatten(0, (key.shape[1], -1)).clone())
-        keys.append(key[0].float().clone())
+        see(query, key, value, kwargs)
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register(_CAPTURE, attention)
@@ -49,11 +43,29 @@ def capture(model: Any, ids: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
     before = model.config._attn_implementation
     model.set_attn_implementation(_CAPTURE)
     try:
-        model(ids, use_cache=False, logits_to_keep=1)
+        yield
     finally:
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(_CAPTURE)
         AttentionMaskInterface._global_mapping.pop(_CAPTURE)
+
+
+@torch.inference_mode()
+def capture(model: Any, ids: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """What the attention of every layer is given for ``ids`` ``[1, n]``, rotary embeddings applied.
+
+    Returns:
+        The queries of the last tokens ``[layers, H, G, num_queries, D]`` and all keys ``[layers, H, n, D]``, fp32.
+    """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+
+    def see(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+        queries.append(query[0, :, -num_queries:].float().unflatten(0, (key.shape[1], -1)).clone())
+        keys.append(key[0].float().clone())
+
+    with observing(model, see):
+        model(ids, use_cache=False, logits_to_keep=1)
     return torch.stack(queries), torch.stack(keys)
 
 

@@ -11,7 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import charts, families, finetune, headline, pages, plots, quality, summary, tables, training
+from benchmarks.report import (
+    charts,
+    families,
+    finetune,
+    headline,
+    pages,
+    plots,
+    prefill,
+    prefill_quality,
+    quality,
+    summary,
+    tables,
+    training,
+)
 from examples.support.results import ROOT
 
 
@@ -36,6 +49,8 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "index quality results": quality.block(results),
         "finetune results": finetune.block(results),
         "families": families.block(results),
+        "PREFILL-SPEED": prefill.block(results),
+        "PREFILL-QUALITY": prefill_quality.block(results),
         **tables.blocks(results),
     }
 
@@ -46,7 +61,8 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    return [path for part in (headline, training, charts, quality, finetune) for path in part.draw(results, folder)]
+    parts = (headline, training, charts, quality, finetune, prefill, prefill_quality)
+    return [path for part in parts for path in part.draw(results, folder)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -162,6 +162,58 @@ def plot_tradeoff(
     return _save(figure, ax.lines, path, {"subtitle": subtitle, "lines": lines})
 
 
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str,
+    level: float,
+) -> Path:
+    """Draw a grid of small plots with the same axes: densities on a linear axis, what they cost on a logarithmic one.
+
+    Args:
+        panels: by row, by column, by name of a line, its points ``(density, value)``.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        level: a value that is marked in every panel.
+
+    Returns:
+        ``path``.
+    """
+    columns = list(dict.fromkeys(column for row in panels.values() for column in row))
+    figure, grid = viz.pyplot().subplots(
+        len(panels), len(columns), figsize=(2.6 * len(columns) + 1, 2.3 * len(panels) + 1.6), facecolor=viz.PAPER,
+        layout="constrained", sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1, rect=(0, 0, 1, 1 - 0.75 / figure.get_figheight()))
+    figure.text(0.02, 1 - 0.12 / figure.get_figheight(), title, fontsize=15, color=viz.INK, weight="bold", va="top")
+    figure.text(0.02, 1 - 0.45 / figure.get_figheight(), subtitle, fontsize=9.5, color=viz.MUTED, va="top")
+    names = list(dict.fromkeys(name for row in panels.values() for lines in row.values() for name in lines))
+    drawn: dict[str, Any] = {}
+    for axes, (row, cells) in zip(grid, panels.items()):
+        first = next(column for column in columns if column in cells)
+        for ax, column in zip(axes, columns):
+            viz.style(ax)
+            ax.set_visible(column in cells)
+            ax.set_yscale("log")
+            ax.set_xlim(0, 1)
+            ax.grid(color=viz.GRID, linewidth=0.7)
+            ax.axhline(level, color=viz.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            ax.set_title(column, fontsize=9, color=viz.INK)
+            ax.tick_params(labelleft=column == first, labelbottom=True)
+            if column == first:
+                ax.set_ylabel(row.replace(", ", "\n"), fontsize=8.5, color=viz.INK)
+            for name, points in cells.get(column, {}).items():
+                style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "clip_on": False}
+                (drawn[name],) = ax.plot(*zip(*points), color=viz.HEADS[names.index(name) % len(viz.HEADS)], **style)
+                drawn[name].set_label(name)
+    style = {"frameon": False, "fontsize": 9, "labelcolor": viz.INK, "handlelength": 2.8}
+    figure.legend(handles=[drawn[name] for name in names], loc="outside lower left", ncols=2, **style)
+    return viz.save(figure, path, {"subtitle": subtitle, "panels": panels})
+
+
 def plot_roofline(
     points: Mapping[str, Sequence[tuple[float, float]]],
     gb_per_s: float,

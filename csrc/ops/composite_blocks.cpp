@@ -67,8 +67,8 @@ std::vector<Tensor> composite_memory(const Tensor& q, CompositeBlocksParams& par
   params.pages = entries.data_ptr();
   std::vector<Tensor> memory{entries};
   if (q.is_cuda()) {
-    const size_t floats = composite_workspace(p, multiprocessor_count(q));
-    memory.push_back(torch::stable::new_empty(q, {static_cast<int64_t>(floats)}, ScalarType::Float));
+    const size_t bytes = composite_workspace(p, multiprocessor_count(q));
+    memory.push_back(torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
     params.workspace = memory.back().data_ptr();
   }
   return memory;

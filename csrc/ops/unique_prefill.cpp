@@ -7,7 +7,7 @@ namespace unique_attn {
 namespace {
 
 // Shares are made and used for so many query blocks at a time that they are no more than this.
-constexpr int64_t kShareBytes = int64_t{64} << 20;
+constexpr int64_t kShareBytes = int64_t{32} << 20;
 
 }  // namespace
 

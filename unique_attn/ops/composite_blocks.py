@@ -76,8 +76,8 @@ def composite_blocks(
 
 
 @torch.library.register_fake("unique_attn::composite_blocks")
-def _(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, aggregate,
-      pool_q, pool_k, block_q, block_k, *options):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, aggregate, *options):  # type: ignore[no-untyped-def]
+    _pool_q, _pool_k, block_q, block_k, *_ = options
     same_device("composite_blocks", q=q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     slots = q.shape[0] // block_q + cu_seqlens_q.shape[0] - 1

@@ -77,8 +77,8 @@ def unique_prefill(
 
 
 @torch.library.register_fake("unique_attn::unique_prefill")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, aggregate,
-      threshold, top_p, min_blocks, max_blocks, pool_q, pool_k, block_q, block_k, *options):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, *options):  # type: ignore[no-untyped-def]
+    block_q, block_k = options[-4:-2]
     same_device("unique_prefill", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     slots = q.shape[0] // block_q + cu_seqlens_q.shape[0] - 1

