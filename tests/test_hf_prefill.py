@@ -253,13 +253,16 @@ def test_causal_4d_masks_are_recognized(handmade, kind):
     torch.testing.assert_close(output, expected, **CLOSE)
 
 
-def test_a_mask_is_looked_at_once_in_a_call(monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_is_looked_at_once_in_a_call(monkeypatch, mode):
     looked, look = [], masks.hidden_left
     monkeypatch.setattr(masks, "hidden_left", lambda mask, *shape: looked.append(shape) or look(mask, *shape))
     model = enabled()
     for use_cache in (False, True):
-        for length in (200, 240):
-            score(model, prompt(length=length, padding=PADDING), use_cache=use_cache)
+        for length, padding in ((200, PADDING), (240, PADDING), (240, [3, 0])):
+            with mode(), ua.record_prefill(model) as records:
+                model(**prompt(length=length, padding=padding), use_cache=use_cache)
+            assert [x.num_keys for x in records] == [length - pad for pad in padding] * 3
             assert looked == [(2, length, length)]
             looked.clear()
 
