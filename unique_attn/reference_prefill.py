@@ -33,7 +33,8 @@ def composite_blocks(
     """Shares ``[slots, Hm, key_blocks]`` on the CPU, fp32 (fp64 if ``compute_dtype`` is), of attention between means.
 
     Everything is computed in fp32 or better. Means are rounded to ``compute_dtype``, and if that has 16 bits, the
-    numbers below the root to bf16: a run in the inputs' dtype rounds as the op does, one in fp64 nothing.
+    numbers below the root to bf16 and weights to fp16: a run in the inputs' dtype rounds as the op may, one in fp64
+    nothing.
     """
     q, k = q.cpu(), k.cpu()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -70,6 +71,8 @@ def composite_blocks(
             weights = weights.masked_fill(~seen, 0.0)
             mass = torch.zeros(len(composite), shares.shape[2], dtype=wide)
             mass.index_add_(1, first_key // block_k, weights)
+            if compute_dtype.itemsize == 2:
+                mass = mass.half().to(wide)
             for i, part in enumerate(mass.split(block_q // pool_q)):  # the composite queries of query block i
                 together = part.mean(0) if method == "unisparse" else part.amax(0)
                 shares[bounds_q[b] // block_q + b + i, head] = together
