@@ -279,25 +279,33 @@ PageTable Arguments::table(const Tensor& block_table, const Tensor& seq_lens, in
                            int64_t block_size, int64_t page_size) const {
   this->page_size(page_size);
   this->seq_lens(seq_lens, batch);
+  if (block_size < page_size || block_size % page_size != 0) {
+    fail(op_, "page_size", "expected a divisor of the block size ", block_size, ", got ", page_size);
+  }
+  // A page more must be a number too.
+  PageTable table = blocks(block_table, batch, num_blocks, block_size, INT32_MAX - kMaxPageSize);
+  table.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  table.page_size = static_cast<int>(page_size);
+  return table;
+}
+
+PageTable Arguments::blocks(const Tensor& block_table, int64_t batch, int64_t num_blocks, int64_t block_size,
+                            int64_t most_tokens) const {
   tensor("block_table", block_table, ScalarType::Int, 2);
   size("block_table", block_table, 0, batch, "sequences");
   if (block_table.numel() > 0 && block_table.size(1) > 1 && block_table.stride(1) != 1) {
     fail(op_, "block_table", "expected stride 1 in dimension 1, got strides ", stride_string(block_table));
   }
-  if (block_size < page_size || block_size % page_size != 0) {
-    fail(op_, "page_size", "expected a divisor of the block size ", block_size, ", got ", page_size);
-  }
-  // A page more must be a number too.
-  if (block_table.size(1) > 0 && block_size > (INT32_MAX - kMaxPageSize) / block_table.size(1)) {
-    fail(op_, "block_table", "expected at most ", INT32_MAX - kMaxPageSize, " tokens per sequence, got ",
-         block_table.size(1), " blocks of ", block_size);
+  if (block_table.size(1) > 0 && block_size > most_tokens / block_table.size(1)) {
+    fail(op_, "block_table", "expected at most ", most_tokens, " tokens per sequence, got ", block_table.size(1),
+         " blocks of ", block_size);
   }
   return {static_cast<const int32_t*>(block_table.data_ptr()),
-          static_cast<const int32_t*>(seq_lens.data_ptr()),
+          nullptr,
           block_table.stride(0),
           static_cast<int>(block_table.size(1)),
           static_cast<int>(block_size),
-          static_cast<int>(page_size),
+          static_cast<int>(block_size),
           static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX))};
 }
 

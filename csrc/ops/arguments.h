@@ -65,7 +65,11 @@ class Arguments {
                   int64_t head_dim) const;
   Rule rule(int64_t rule) const;
   void trainable(Rule rule) const;
-  // block_table int32 [B, max_blocks] and seq_lens int32 [B], over a cache of `num_blocks` blocks.
+  // block_table int32 [B, max_blocks] over a cache of `num_blocks` blocks: a table whose pages are blocks, without
+  // lengths. A row may hold up to `most_tokens` tokens.
+  PageTable blocks(const Tensor& block_table, int64_t batch, int64_t num_blocks, int64_t block_size,
+                   int64_t most_tokens) const;
+  // The same with pages, and seq_lens int32 [B].
   PageTable table(const Tensor& block_table, const Tensor& seq_lens, int64_t batch, int64_t num_blocks,
                   int64_t block_size, int64_t page_size) const;
   void seq_lens(const Tensor& seq_lens, int64_t batch) const;

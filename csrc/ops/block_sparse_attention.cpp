@@ -60,14 +60,55 @@ PrefillBatch prefill_batch(const Arguments& args, const Tensor& cu_seqlens_q, co
   return batch;
 }
 
-void check_prefill_bounds(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                          int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+PrefillBatch prefill_batch(const Arguments& args, const Tensor& q, const Tensor& k,
+                           const std::optional<Tensor>& block_table, const Tensor& cu_seqlens_q,
+                           const Tensor& cu_seqlens_k, int64_t max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+                           int64_t block_q, int64_t block_k) {
+  constexpr int64_t kMost = INT32_MAX / 2;
+  const bool paged = block_table.has_value();
+  PrefillBatch batch =
+      prefill_batch(args, cu_seqlens_q, cu_seqlens_k, q.size(0), paged ? 0 : k.size(0), max_seqlen_q, block_q, block_k);
+  if (max_seqlen_k.has_value()) args.range("max_seqlen_k", *max_seqlen_k, 0, kMost);
+  if (!paged) return batch;
+  const int64_t block_size = k.size(2);
+  if (block_size < kBlockAlign || block_size > kMost || block_size % kBlockAlign != 0) {
+    fail(args.op(), "k", "expected blocks of a multiple of ", kBlockAlign, " tokens in dimension 2, got ", block_size,
+         " (shape ", shape_string(k), ")");
+  }
+  batch.table = args.blocks(*block_table, batch.batch, k.size(0), block_size, kMost);
+  // How many keys there are is known on the device alone.
+  const int64_t bound = max_seqlen_k.value_or(0) * batch.batch;
+  if (bound > kMost) {
+    fail(args.op(), "max_seqlen_k", "expected at most ", kMost / batch.batch, " for ", batch.batch,
+         " sequences in a paged cache, got ", *max_seqlen_k);
+  }
+  batch.total_keys = static_cast<int>(bound);
+  return batch;
+}
+
+KeyView prefill_keys(const Arguments& args, const char* name, const Tensor& tensor, const PrefillBatch& batch,
+                     Tensor& keep) {
+  if (is_paged(batch.table)) {
+    const PagedView cache = args.cache(name, tensor);
+    return {cache.data, cache.stride_block, cache.stride_head, cache.stride_token};
+  }
+  const TokenView tokens = packed_tokens(args, name, tensor, keep);
+  return {tokens.data, 0, tokens.stride_head, tokens.stride_token};
+}
+
+void check_prefill_values(const Arguments& args, const PrefillBatch& batch, const std::optional<Tensor>& block_table,
+                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                          std::optional<int64_t> max_seqlen_k) {
   if (!checks_values(args)) return;
-  check_cu_seqlens(args.op(), "cu_seqlens_q", cu_seqlens_q, total_queries, "max_seqlen_q", max_seqlen_q);
-  check_cu_seqlens(args.op(), "cu_seqlens_k", cu_seqlens_k, total_keys,
-                   max_seqlen_k < 0 ? "the number of keys" : "max_seqlen_k",
-                   max_seqlen_k < 0 ? total_keys : max_seqlen_k);
+  check_cu_seqlens(args.op(), "cu_seqlens_q", cu_seqlens_q, batch.total_queries, "max_seqlen_q", max_seqlen_q);
+  const bool paged = block_table.has_value();
+  const int64_t held = paged ? table_tokens(batch.table) : batch.total_keys;
+  const char* held_name = paged ? "the tokens of a row of block_table" : "the number of keys";
+  const bool bounded = max_seqlen_k.has_value() && (!paged || *max_seqlen_k <= held);
+  check_cu_seqlens(args.op(), "cu_seqlens_k", cu_seqlens_k, paged ? -1 : held, bounded ? "max_seqlen_k" : held_name,
+                   bounded ? *max_seqlen_k : held);
   check_queries_have_keys(args.op(), cu_seqlens_q, cu_seqlens_k);
+  if (paged) check_key_blocks(args.op(), batch.table, *block_table, cu_seqlens_k);
 }
 
 BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -76,10 +117,10 @@ BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, con
   BlockSparseParams& p = call.params;
   p.dtype = args.dtype();
   const TokenView q_view = packed_tokens(args, "q", q, call.q);
-  const TokenView k_view = packed_tokens(args, "k", k, call.k);
-  const TokenView v_view = packed_tokens(args, "v", v, call.v);
-  args.size("k", k, 2, q.size(2), "head dimension of q");
-  for (int64_t dim = 0; dim < 3; ++dim) args.size("v", v, dim, k.size(dim), "as in k");
+  p.k = prefill_keys(args, "k", k, batch, call.k);
+  p.v = prefill_keys(args, "v", v, batch, call.v);
+  args.size("k", k, k.dim() - 1, q.size(2), "head dimension of q");
+  for (int64_t dim = 0; dim < k.dim(); ++dim) args.size("v", v, dim, k.size(dim), "as in k");
   args.groups(q.size(1), k.size(1));
   p.batch = batch.batch;
   p.num_q_heads = static_cast<int>(q.size(1));
@@ -94,8 +135,7 @@ BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, con
   p.cu_seqlens_k = batch.cu_seqlens_k;
   p.scale = scale;
   p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
-  p.k = k_view.data, p.k_stride_token = k_view.stride_token, p.k_stride_head = k_view.stride_head;
-  p.v = v_view.data, p.v_stride_token = v_view.stride_token, p.v_stride_head = v_view.stride_head;
+  p.table = batch.table;
   return call;
 }
 
@@ -110,21 +150,23 @@ std::tuple<Tensor, Tensor> block_sparse_results(const Tensor& q, BlockSparsePara
 
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, Tensor mask,
-                                                  int64_t block_q, int64_t block_k, double scale) {
+                                                  int64_t block_q, int64_t block_k, double scale,
+                                                  std::optional<Tensor> block_table) {
   constexpr const char* kOp = "block_sparse_attention";
   const Arguments args(kOp, "q", q);
+  const int64_t rank = block_table.has_value() ? 4 : 3;
   args.floating("q", q, 3);
-  args.floating("k", k, 3);
-  args.floating("v", v, 3);
+  args.floating("k", k, rank);
+  args.floating("v", v, rank);
   const PrefillBatch batch =
-      prefill_batch(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, block_q, block_k);
+      prefill_batch(args, q, k, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, {}, block_q, block_k);
   BlockSparseCall call = prepare_block_sparse(args, q, k, v, batch, scale);
   BlockSparseParams& p = call.params;
   check_mask(args, mask, p);
   p.num_mask_heads = static_cast<int>(mask.size(1));
   p.mask_words = static_cast<int>(mask.size(2));
   p.mask = static_cast<const uint32_t*>(mask.data_ptr());
-  check_prefill_bounds(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, -1);
+  check_prefill_values(args, batch, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, {});
   std::tuple<Tensor, Tensor> results = block_sparse_results(q, p);
   Runner(kOp, q).run(p, block_sparse_attention_cpu, UA_CUDA(block_sparse_attention_cuda));
   return results;

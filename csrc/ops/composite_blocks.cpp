@@ -34,10 +34,9 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
   p.aggregate = static_cast<Aggregate>(aggregate);
   p.pool_q = pool(args, "pool_q", pool_q);
   p.pool_k = pool(args, "pool_k", pool_k);
-  args.range("max_seqlen_k", max_seqlen_k, 0, INT32_MAX / 2);
   const TokenView q_view = packed_tokens(args, "q", q, call.q);
-  const TokenView k_view = packed_tokens(args, "k", k, call.k);
-  args.size("k", k, 2, q.size(2), "head dimension of q");
+  p.k = prefill_keys(args, "k", k, batch, call.k);
+  args.size("k", k, k.dim() - 1, q.size(2), "head dimension of q");
   args.groups(q.size(1), k.size(1));
   p.batch = batch.batch;
   p.num_q_heads = static_cast<int>(q.size(1));
@@ -53,7 +52,7 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
   p.cu_seqlens_k = batch.cu_seqlens_k;
   p.scale = scale;
   p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
-  p.k = k_view.data, p.k_stride_token = k_view.stride_token, p.k_stride_head = k_view.stride_head;
+  p.table = batch.table;
   p.first_slot = 0;
   p.end_slot = num_block_slots(p.total_queries, p.batch, p.block_q);
   p.pools_keys = true;
@@ -78,17 +77,18 @@ std::vector<Tensor> composite_memory(const Tensor& q, CompositeBlocksParams& par
 
 Tensor composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
                         int64_t max_seqlen_k, int64_t rule, bool pools_heads, int64_t aggregate, int64_t pool_q,
-                        int64_t pool_k, int64_t block_q, int64_t block_k, double spread_weight, double scale) {
+                        int64_t pool_k, int64_t block_q, int64_t block_k, double spread_weight, double scale,
+                        std::optional<Tensor> block_table) {
   constexpr const char* kOp = "composite_blocks";
   const Arguments args(kOp, "q", q);
   args.floating("q", q, 3);
-  args.floating("k", k, 3);
+  args.floating("k", k, block_table.has_value() ? 4 : 3);
   const PrefillBatch batch =
-      prefill_batch(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, block_q, block_k);
+      prefill_batch(args, q, k, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_q, block_k);
   CompositeBlocksCall call = prepare_composite_blocks(args, q, k, batch, max_seqlen_k, rule, pools_heads, aggregate,
                                                       pool_q, pool_k, spread_weight, scale);
   CompositeBlocksParams& p = call.params;
-  check_prefill_bounds(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, max_seqlen_k);
+  check_prefill_values(args, batch, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const std::vector<Tensor> memory = composite_memory(q, p);
   const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor shares = torch::stable::new_empty(q, {p.end_slot, composite_heads(p), p.key_blocks}, type);

@@ -37,19 +37,19 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "int rule, float spread_weight, int sink_pages, int recent_pages, float scale) -> (Tensor, Tensor, Tensor)");
   m.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "int max_seqlen_q, Tensor mask, int block_q, int block_k, float scale) -> (Tensor, Tensor)");
+      "int max_seqlen_q, Tensor mask, int block_q, int block_k, float scale, Tensor? block_table) -> (Tensor, Tensor)");
   m.def(
       "composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
       "int max_seqlen_k, int rule, bool pools_heads, int aggregate, int pool_q, int pool_k, int block_q, int block_k, "
-      "float spread_weight, float scale) -> Tensor");
+      "float spread_weight, float scale, Tensor? block_table) -> Tensor");
   m.def(
       "select_blocks(Tensor shares, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? threshold, float? top_p, "
       "int min_blocks, int? max_blocks, int block_q, int block_k) -> (Tensor, Tensor)");
   m.def(
       "unique_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
       "int max_seqlen_k, int rule, bool pools_heads, int aggregate, float? threshold, float? top_p, int min_blocks, "
-      "int? max_blocks, int pool_q, int pool_k, int block_q, int block_k, float spread_weight, float scale) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "int? max_blocks, int pool_q, int pool_k, int block_q, int block_k, float spread_weight, float scale, "
+      "Tensor? block_table) -> (Tensor, Tensor, Tensor, Tensor)");
   // clang-format on
 }
 

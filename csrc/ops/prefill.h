@@ -15,19 +15,31 @@ namespace unique_attn {
 // What the three ops know of a packed batch of queries and keys.
 struct PrefillBatch {
   int batch;
-  int total_queries, total_keys;
+  int total_queries;
+  int total_keys;  // paged: at least so many; 0 where the op is given no bound
   int max_queries;
   int block_q, block_k;
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
+  PageTable table;  // of paged keys
 };
 
 PrefillBatch prefill_batch(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                            int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t block_q,
                            int64_t block_k);
-// The values of the bounds, where they are looked at; max_seqlen_k -1 where the op is not given it.
-void check_prefill_bounds(const Arguments& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                          int64_t total_queries, int64_t total_keys, int64_t max_seqlen_q, int64_t max_seqlen_k);
+// The same of queries [N, Hq, D] and keys: packed [Nk, H, D], or with a table [num_blocks, H, block_size, D].
+// No max_seqlen_k where the op is not given it.
+PrefillBatch prefill_batch(const Arguments& args, const Tensor& q, const Tensor& k,
+                           const std::optional<Tensor>& block_table, const Tensor& cu_seqlens_q,
+                           const Tensor& cu_seqlens_k, int64_t max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+                           int64_t block_q, int64_t block_k);
+// Packed or paged keys or values of such a batch; their tensor has the right rank.
+KeyView prefill_keys(const Arguments& args, const char* name, const Tensor& tensor, const PrefillBatch& batch,
+                     Tensor& keep);
+// The values of bounds and table, where they are looked at.
+void check_prefill_values(const Arguments& args, const PrefillBatch& batch, const std::optional<Tensor>& block_table,
+                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                          std::optional<int64_t> max_seqlen_k);
 
 // Without results and workspace.
 struct CompositeBlocksCall {
@@ -61,7 +73,8 @@ std::tuple<Tensor, Tensor> block_sparse_results(const Tensor& q, BlockSparsePara
 
 Tensor composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
                         int64_t max_seqlen_k, int64_t rule, bool pools_heads, int64_t aggregate, int64_t pool_q,
-                        int64_t pool_k, int64_t block_q, int64_t block_k, double spread_weight, double scale);
+                        int64_t pool_k, int64_t block_q, int64_t block_k, double spread_weight, double scale,
+                        std::optional<Tensor> block_table);
 
 std::tuple<Tensor, Tensor> select_blocks(Tensor shares, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                                          std::optional<double> threshold, std::optional<double> top_p,
@@ -70,12 +83,13 @@ std::tuple<Tensor, Tensor> select_blocks(Tensor shares, Tensor cu_seqlens_q, Ten
 
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, Tensor mask,
-                                                  int64_t block_q, int64_t block_k, double scale);
+                                                  int64_t block_q, int64_t block_k, double scale,
+                                                  std::optional<Tensor> block_table);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> unique_prefill(
     Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
     int64_t rule, bool pools_heads, int64_t aggregate, std::optional<double> threshold, std::optional<double> top_p,
     int64_t min_blocks, std::optional<int64_t> max_blocks, int64_t pool_q, int64_t pool_k, int64_t block_q,
-    int64_t block_k, double spread_weight, double scale);
+    int64_t block_k, double spread_weight, double scale, std::optional<Tensor> block_table);
 
 }  // namespace unique_attn

@@ -15,14 +15,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unique_prefill(
     Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
     int64_t rule, bool pools_heads, int64_t aggregate, std::optional<double> threshold, std::optional<double> top_p,
     int64_t min_blocks, std::optional<int64_t> max_blocks, int64_t pool_q, int64_t pool_k, int64_t block_q,
-    int64_t block_k, double spread_weight, double scale) {
+    int64_t block_k, double spread_weight, double scale, std::optional<Tensor> block_table) {
   constexpr const char* kOp = "unique_prefill";
   const Arguments args(kOp, "q", q);
+  const int64_t rank = block_table.has_value() ? 4 : 3;
   args.floating("q", q, 3);
-  args.floating("k", k, 3);
-  args.floating("v", v, 3);
+  args.floating("k", k, rank);
+  args.floating("v", v, rank);
   const PrefillBatch batch =
-      prefill_batch(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, block_q, block_k);
+      prefill_batch(args, q, k, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_q, block_k);
   CompositeBlocksCall composite = prepare_composite_blocks(args, q, k, batch, max_seqlen_k, rule, pools_heads,
                                                            aggregate, pool_q, pool_k, spread_weight, scale);
   CompositeBlocksParams& estimate = composite.params;
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unique_prefill(
   SelectBlocksParams select =
       prepare_select_blocks(args, batch, heads, estimate.key_blocks, threshold, top_p, min_blocks, max_blocks);
   BlockSparseCall attention = prepare_block_sparse(args, q, k, v, batch, scale);
-  check_prefill_bounds(args, cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), max_seqlen_q, max_seqlen_k);
+  check_prefill_values(args, batch, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
 
   const int slots = estimate.end_slot;
   const bool wide = q.scalar_type() == ScalarType::Double;

@@ -136,8 +136,17 @@ void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens
            " and ", values[b + 1], " at [", b, "]");
     }
   }
-  if (values[last] != total_tokens) {
+  if (total_tokens >= 0 && values[last] != total_tokens) {
     fail(op, name, "expected the number of tokens ", total_tokens, " at the end, got ", values[last]);
+  }
+}
+
+void check_key_blocks(const char* op, const PageTable& device_table, const Tensor& block_table,
+                      const Tensor& cu_seqlens_k) {
+  const TableOnHost host(device_table, block_table, cu_seqlens_k);
+  const int32_t* bounds = host.table.seq_lens;
+  for (int64_t b = 0; b + 1 < cu_seqlens_k.size(0); ++b) {
+    check_blocks(op, host.table, b, visible_pages(bounds[b + 1] - bounds[b] - 1, 0, host.table.page_size));
   }
 }
 

@@ -33,9 +33,13 @@ void check_slots(const char* op, const Tensor& slots, int64_t num_slots);
 
 // ---- Packed sequences. ----
 
-// `name` and `max_name`: what the op calls the argument, and the most tokens of a sequence.
+// `name` and `max_name`: what the op calls the argument, and the most tokens of a sequence. `total_tokens` -1: any
+// number of them.
 void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t total_tokens,
                       const char* max_name, int64_t max_seqlen);
+// The blocks that hold the keys of each sequence. Bounds are good by themselves, and no length is above the table's row.
+void check_key_blocks(const char* op, const PageTable& device_table, const Tensor& block_table,
+                      const Tensor& cu_seqlens_k);
 // No sequence has more queries than keys. Both are good by themselves.
 void check_queries_have_keys(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k);
 

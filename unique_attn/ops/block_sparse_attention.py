@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.ops._autocast import autocast_prefill
 from unique_attn.ops._autograd import register_no_backward
 from unique_attn.ops._shared import same_device, softmax_scale
 
@@ -23,6 +23,7 @@ def block_sparse_attention(
     block_q: int = 128,
     block_k: int = 64,
     scale: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention over packed sequences, of each block of queries to the key blocks of its row of ``mask`` alone
     (UniSparse, arXiv 2512.14082, section 3).
@@ -33,16 +34,18 @@ def block_sparse_attention(
     seen, and a block that no query of a block sees is not read. The diagonal is not listed by itself.
 
     Bitwise deterministic. Under ``torch.autocast`` q, k and v are cast to its dtype, as in
-    ``scaled_dot_product_attention``.
+    ``scaled_dot_product_attention``; beside paged caches, which are not copied, q is cast to theirs.
 
     Args:
         q: ``[N, Hq, D]``, ``Hq = G * H`` with G from 1 to 16; bf16, fp16, fp32 (fp64 on the CPU); D a multiple of 8
             to 256.
-        k: ``[Nk, H, D]``.
-        v: ``[Nk, H, D]``.
+        k: ``[Nk, H, D]``; with a ``block_table`` a paged cache ``[num_blocks, H, block_size, D]`` with channel stride
+            1, other strides that are multiples of 8, and a block size that is a multiple of 16.
+        v: like ``k``.
         cu_seqlens_q: int32 ``[B + 1]``, the first query of each sequence and N, ascending from 0. On the CPU the values
             are checked; on CUDA with UNIQUE_ATTN_CHECK=1.
-        cu_seqlens_k: int32 ``[B + 1]``, the same of the keys. A sequence has at least as many keys as queries.
+        cu_seqlens_k: int32 ``[B + 1]``, the same of the keys; of paged ones the lengths, summed up. A sequence has at
+            least as many keys as queries.
         max_seqlen_q: host-known upper bound of the queries of a sequence.
         mask: int32 ``[slots, Hm, words]``, contiguous: bit i of word w is key block ``32 * w + i``; from
             :func:`pack_block_mask`. Rows are those of :func:`query_block_slots`, at least ``N // block_q + B``. Hm is
@@ -51,6 +54,10 @@ def block_sparse_attention(
         block_q: queries of a block, 64 or 128.
         block_k: keys of a block, 64 or 128.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
+        block_table: int32 ``[B, max_blocks]``, the cache's blocks that hold each sequence's keys, from its first one
+            on; sequences may share them. Entries past a sequence's last key may hold anything. The others are checked
+            where the values of ``cu_seqlens_k`` are; elsewhere, a key for which there is no block is zeros, and so is
+            its value: nothing is read for it.
 
     Returns:
         ``out`` ``[N, Hq, D]`` in q's dtype and ``lse`` ``[N, Hq]`` fp32 (fp64 for fp64), the natural logarithm of the
@@ -60,9 +67,9 @@ def block_sparse_attention(
         ValueError: a wrong rank, shape, dtype, device, stride or number, naming the argument.
     """
     scale = softmax_scale(q) if scale is None else float(scale)
-    q, k, v = autocast_inputs(q, k, v)
+    q, k, v = autocast_prefill(block_table, q, k, v)
     return torch.ops.unique_attn.block_sparse_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, mask, block_q, block_k, scale
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, mask, block_q, block_k, scale, block_table
     )
 
 
@@ -128,9 +135,9 @@ def unpack_block_mask(mask: torch.Tensor, key_blocks: int) -> torch.Tensor:
 
 
 @torch.library.register_fake("unique_attn::block_sparse_attention")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, mask, *options):  # type: ignore[no-untyped-def]
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, mask, block_q, block_k, scale, block_table):  # type: ignore[no-untyped-def]
     tensors = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "mask": mask}
-    same_device("block_sparse_attention", q=q, **tensors)
+    same_device("block_sparse_attention", q=q, **tensors, block_table=block_table)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.ops._autocast import autocast_prefill
 from unique_attn.ops._autograd import register_no_backward
 from unique_attn.ops._shared import same_device, softmax_scale
 from unique_attn.ops.select_blocks import _WORD_BITS
@@ -31,6 +31,7 @@ def unique_prefill(
     block_k: int = 64,
     spread_weight: float | None = None,
     scale: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`composite_blocks`, :func:`select_blocks` and :func:`block_sparse_attention` in one call (UniSparse,
     arXiv 2512.14082, section 3).
@@ -40,8 +41,8 @@ def unique_prefill(
 
     Args:
         q: ``[N, Hq, D]``, as in :func:`block_sparse_attention`.
-        k: ``[Nk, H, D]``.
-        v: ``[Nk, H, D]``.
+        k: ``[Nk, H, D]``, or a paged cache ``[num_blocks, H, block_size, D]`` as in :func:`block_sparse_attention`.
+        v: like ``k``.
         cu_seqlens_q: int32 ``[B + 1]``, the first query of each sequence and N.
         cu_seqlens_k: int32 ``[B + 1]``, the same of the keys.
         max_seqlen_q: host-known upper bound of the queries of a sequence.
@@ -57,6 +58,8 @@ def unique_prefill(
         block_k: keys of a block, 64 or 128.
         spread_weight: c of ``directional``, 2 by default.
         scale: factor of the logits, ``1 / sqrt(D)`` by default.
+        block_table: int32 ``[B, max_blocks]`` of paged caches, as in :func:`composite_blocks` and
+            :func:`block_sparse_attention`.
 
     Returns:
         ``out`` ``[N, Hq, D]`` and ``lse`` ``[N, Hq]`` of :func:`block_sparse_attention`, ``mask`` and ``kept`` of
@@ -67,19 +70,20 @@ def unique_prefill(
         NotDifferentiableError: a gradient is asked for.
     """
     scale = softmax_scale(q) if scale is None else float(scale)
-    q, k, v = autocast_inputs(q, k, v)
+    q, k, v = autocast_prefill(block_table, q, k, v)
     rule, pools_heads, aggregate, weight = method_options("unique_prefill", method, spread_weight)
     threshold, top_p = selection_of(method, threshold, top_p)
     return torch.ops.unique_attn.unique_prefill(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, aggregate,
-        threshold, top_p, min_blocks, max_blocks, pool_q, pool_k, block_q, block_k, weight, scale,
+        threshold, top_p, min_blocks, max_blocks, pool_q, pool_k, block_q, block_k, weight, scale, block_table,
     )  # fmt: skip
 
 
 @torch.library.register_fake("unique_attn::unique_prefill")
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rule, pools_heads, *options):  # type: ignore[no-untyped-def]
-    block_q, block_k = options[-4:-2]
-    same_device("unique_prefill", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    block_q, block_k, _weight, _scale, block_table = options[-5:]
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    same_device("unique_prefill", q=q, k=k, v=v, **bounds, block_table=block_table)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     slots = q.shape[0] // block_q + cu_seqlens_q.shape[0] - 1
     heads = k.shape[1] if pools_heads else q.shape[1]

@@ -12,7 +12,7 @@ namespace unique_attn {
 //   out = softmax(scale * q . k_j over those j) . v_j,  lse the natural logarithm of the sum
 // Query blocks are counted from each sequence's first query, key blocks from its first key. A query that sees no listed
 // key has out = 0 and lse = -inf. Keys and values of blocks that no query of a block sees are not read: NaN there is no
-// matter.
+// matter. On CUDA a key for which the table names no block is zeros, and so is its value.
 struct BlockSparseParams {
   DType dtype;         // of q, k, v and out
   int batch;           // B
@@ -27,14 +27,12 @@ struct BlockSparseParams {
   int mask_words;      // of a row of the mask
   double scale;
   const int32_t* cu_seqlens_q;  // [B + 1] first query of each sequence, ascending from 0 to N
-  const int32_t* cu_seqlens_k;  // [B + 1] first key of each sequence, ascending from 0 to Nk
+  const int32_t* cu_seqlens_k;  // [B + 1] first key of each sequence, ascending from 0 to Nk; paged: counted likewise
   const void* q;                // [N, Hq, D], unit channel stride
-  const void* k;                // [Nk, H, D], unit channel stride
-  const void* v;                // [Nk, H, D], unit channel stride
-  int total_keys;               // Nk
   int64_t q_stride_token, q_stride_head;
-  int64_t k_stride_token, k_stride_head;
-  int64_t v_stride_token, v_stride_head;
+  KeyView k, v;
+  PageTable table;       // of a paged cache
+  int total_keys;        // Nk of packed keys
   const uint32_t* mask;  // [num_query_block_slots, Hm, mask_words] contiguous: bit i of word w is key block 32 w + i
   void* out;             // [N, Hq, D] contiguous
   void* lse;             // [N, Hq] contiguous fp32 (fp64 for fp64)

@@ -48,8 +48,8 @@ class BlockAttention {
     const int first = at.first_query;
     rows = at.num_queries;
     if (rows <= 0) return;
-    const int key_start = p.cu_seqlens_k[at.sequence];
-    const int num_keys = p.cu_seqlens_k[at.sequence + 1] - key_start;
+    sequence = at.sequence;
+    const int num_keys = p.cu_seqlens_k[sequence + 1] - p.cu_seqlens_k[sequence];
     position = at.position;
     enter(first, head);
     const uint32_t* mask = p.mask + (int64_t{slot} * p.num_mask_heads + mask_head(p, head)) * p.mask_words;
@@ -60,7 +60,7 @@ class BlockAttention {
         const int block = word * kMaskBits + __builtin_ctz(bits);
         if (block >= end) break;
         first_key = min_of(first_key, block * p.block_k);
-        add_block(key_start, block * p.block_k, head);
+        add_block(block * p.block_k, head);
       }
     }
     leave(first, head, first_key);
@@ -82,14 +82,15 @@ class BlockAttention {
   }
 
   // One more block of keys, from `block_start` on: each strip sees those up to its last query.
-  void add_block(int key_start, int block_start, int head) {
+  void add_block(int block_start, int head) {
     const int count = min_of(p.block_k, position + rows - block_start);
-    widen_rows(static_cast<const T*>(p.k) + int64_t{key_start + block_start} * p.k_stride_token +
-                   int64_t{kv_head(head)} * p.k_stride_head,
-               p.k_stride_token, count, dim, keys, stride);
-    widen_rows(static_cast<const T*>(p.v) + int64_t{key_start + block_start} * p.v_stride_token +
-                   int64_t{kv_head(head)} * p.v_stride_head,
-               p.v_stride_token, count, dim, values, stride);
+    if (is_paged(p.table)) {
+      widen_keys<true>(p.k, block_start, count, head, keys);
+      widen_keys<true>(p.v, block_start, count, head, values);
+    } else {
+      widen_keys<false>(p.k, block_start, count, head, keys);
+      widen_keys<false>(p.v, block_start, count, head, values);
+    }
     for (int row = 0; row < rows; row += kStrip) {
       const int own = position + row - block_start;  // the strip's first query, counted from the block's first key
       const int seen = min_of(count, own + min_of(kStrip, rows - row));
@@ -98,6 +99,17 @@ class BlockAttention {
       multiply_keys(q + int64_t{row} * dim, seen);
       weigh(row, own, common, seen);
       add_values(out + int64_t{row} * dim, corrections + row, own, common, seen);
+    }
+  }
+
+  // `count` keys or values of the sequence, from `first` on.
+  template <bool kPaged>
+  UA_INLINE void widen_keys(const KeyView& view, int first, int count, int head, Acc* to) {
+    const HeadKeys<T, kPaged> from(view, p.table, p.cu_seqlens_k[sequence], sequence, kv_head(head));
+    for (int done = 0; done < count;) {
+      const int some = min_of(from.run(first + done), count - done);
+      widen_rows(from.row(first + done), from.stride(), some, dim, to + int64_t{done} * stride, stride);
+      done += some;
     }
   }
 
@@ -232,6 +244,7 @@ class BlockAttention {
   const int dim;
   const int stride;  // of keys and values
   Scratch scratch;
+  int sequence = 0;
   int rows = 0;      // queries of the block
   int position = 0;  // of the first of them
   Acc* q;            // [strips][D][kStrip]

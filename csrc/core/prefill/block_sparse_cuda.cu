@@ -63,7 +63,7 @@ __device__ __forceinline__ void store2(T* p, float first, float second) {
   }
 }
 
-template <typename T, int DP>
+template <typename T, int DP, bool kPaged>
 __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResident)
     block_sparse_attention_kernel(const BlockSparseParams p, int first_sequence) {
   using C = Config<T, DP>;
@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResid
   const int kv_head = head / (p.num_q_heads / p.num_kv_heads);
   const int64_t first_token = int64_t{first_query} + first_row;
   const T* q = static_cast<const T*>(p.q) + first_token * p.q_stride_token + head * p.q_stride_head;
-  const T* k = static_cast<const T*>(p.k) + start * p.k_stride_token + kv_head * p.k_stride_head;
-  const T* v = static_cast<const T*>(p.v) + start * p.v_stride_token + kv_head * p.v_stride_head;
+  const HeadKeys<T, kPaged> k(p.k, p.table, start, b, kv_head);
+  const HeadKeys<T, kPaged> v(p.v, p.table, start, b, kv_head);
   // Keys that no row sees are zeros: a weight of 0 times the NaN of another sequence would be NaN.
-  const auto load_keys = [&](T* tile, const T* rows, int64_t stride, int first_key) {
+  const auto load_keys = [&](T* tile, const HeadKeys<T, kPaged>& keys, int first_key) {
     load_tile<DP, C::kThreads>(tile, kKeys, p.head_dim, [&](int row) -> const T* {
-      return first_key + row <= last_position ? rows + (first_key + row) * stride : nullptr;
+      return first_key + row <= last_position ? keys.row(first_key + row) : nullptr;
     });
     copy_async_commit();
   };
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResid
     load_tile<DP, C::kThreads>(q_tile, C::kRows, p.head_dim, [&](int row) -> const T* {
       return row < num_rows ? q + row * p.q_stride_token : nullptr;
     });
-    load_keys(k_tile, k, p.k_stride_token, first_key);
+    load_keys(k_tile, k, first_key);
   }
 
   const int warp = threadIdx.x / kWarp;
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResid
   while (first_key >= 0) {
     copy_async_wait<0>();
     __syncthreads();  // the keys are there, and no warp reads the values of the tile before any more
-    load_keys(v_tile, v, p.v_stride_token, first_key);
+    load_keys(v_tile, v, first_key);
     const int next_key = tiles.next();
     float logits[kKeys / 8][4] = {};
     multiply_abt<kKeys / 8>(logits, q_tile + warp * 16 * C::kStride, C::kStride, k_tile, C::kStride, DP);
     copy_async_wait<0>();
     __syncthreads();  // the values are there, and no warp reads the keys any more
-    if (next_key >= 0) load_keys(k_tile, k, p.k_stride_token, next_key);
+    if (next_key >= 0) load_keys(k_tile, k, next_key);
 
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(Config<T, DP>::kThreads, Config<T, DP>::kResid
 template <typename T, int DP>
 cudaError_t launch(const BlockSparseParams& p, cudaStream_t stream) {
   using C = Config<T, DP>;
-  const auto kernel = block_sparse_attention_kernel<T, DP>;
+  const auto kernel =
+      is_paged(p.table) ? block_sparse_attention_kernel<T, DP, true> : block_sparse_attention_kernel<T, DP, false>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (error != cudaSuccess) return error;
   const unsigned tiles = (static_cast<unsigned>(p.max_queries) + C::kRows - 1) / C::kRows;

@@ -1,4 +1,5 @@
 // Blocks of queries, of keys and pages of packed sequences, as prefill counts them: each from its sequence's first token.
+// And where the keys are: packed as well, or in the blocks of a paged cache, which are other blocks.
 #pragma once
 
 #include "core/types.h"
@@ -47,5 +48,53 @@ UA_HD QueryBlock query_block_at(const int32_t* cu_seqlens_q, const int32_t* cu_s
   const int num_keys = cu_seqlens_k[at.sequence + 1] - cu_seqlens_k[at.sequence];
   return {at.sequence, first, min_of(left, block_q), num_keys - left};
 }
+
+// ---- Keys and values: the only place that knows both layouts. ----
+
+// [Nk, H, D] of a packed batch, or with a table of blocks a paged cache [num_blocks, H, block_size, D]. The channel
+// stride is 1; in elements.
+struct KeyView {
+  const void* data;
+  int64_t stride_block;  // of a cache
+  int64_t stride_head;
+  int64_t stride_token;
+};
+
+constexpr int kBlockAlign = 16;  // a cache's block has a multiple of so many tokens
+
+// A batch's table, of which `seq_lens` is not used and a page is a block. Packed keys have one whose block size is 0.
+UA_HD bool is_paged(const PageTable& table) { return table.block_size > 0; }
+
+// The keys, or the values, of one sequence and KV head.
+template <typename T, bool kPaged>
+class HeadKeys {
+ public:
+  // `start`: the sequence's first key in the packed batch.
+  UA_HD HeadKeys(const KeyView& view, const PageTable& table, int start, int sequence, int head)
+      : view_(view),
+        table_(table),
+        sequence_(sequence),
+        rows_(static_cast<const T*>(view.data) + head * view.stride_head + (kPaged ? 0 : start * view.stride_token)) {}
+
+  // Key `key` of the sequence; null if the table names no block for it.
+  UA_HD const T* row(int key) const {
+    if constexpr (kPaged) {
+      const int block = physical_block(table_, sequence_, key / table_.block_size);
+      if (block < 0) return nullptr;
+      return rows_ + block * view_.stride_block + key % table_.block_size * view_.stride_token;
+    } else {
+      return rows_ + key * view_.stride_token;
+    }
+  }
+  // Keys from `key` on that lie a token's stride apart.
+  UA_HD int run(int key) const { return kPaged ? table_.block_size - key % table_.block_size : INT32_MAX; }
+  UA_HD int64_t stride() const { return view_.stride_token; }
+
+ private:
+  const KeyView& view_;
+  const PageTable& table_;
+  const int sequence_;
+  const T* const rows_;  // of the first key; paged: of the first token of block 0
+};
 
 }  // namespace unique_attn

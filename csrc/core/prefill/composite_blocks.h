@@ -28,7 +28,7 @@ struct CompositeBlocksParams {
   int num_kv_heads;   // H
   int head_dim;       // D
   int total_queries;  // N
-  int total_keys;     // Nk
+  int total_keys;     // Nk; paged: at least the sum of the lengths
   int max_queries;    // host-known upper bound of a sequence's queries
   int block_q;        // queries of a block
   int block_k;        // keys of a block
@@ -39,9 +39,9 @@ struct CompositeBlocksParams {
   const int32_t* cu_seqlens_q;  // [B + 1]
   const int32_t* cu_seqlens_k;  // [B + 1]
   const void* q;                // [N, Hq, D], unit channel stride
-  const void* k;                // [Nk, H, D], unit channel stride
   int64_t q_stride_token, q_stride_head;
-  int64_t k_stride_token, k_stride_head;
+  KeyView k;
+  PageTable table;           // of a paged cache; on CUDA a key for which it names no block is zeros
   int first_slot, end_slot;  // query block slots of this call
   bool pools_keys;           // `pages` is to be filled; else it is as an earlier call left it
   void* pages;               // [page slots, H, vectors, D]: means, then the spread. CUDA: in the dtype; CPU: unrounded

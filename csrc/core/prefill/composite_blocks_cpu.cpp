@@ -7,21 +7,32 @@ namespace unique_attn {
 namespace UA_ISA {
 namespace {
 
-template <typename RuleT, typename T>
+template <typename RuleT, typename T, bool kPaged>
 void pool_keys(const CompositeBlocksParams& p, const CpuExecutor& exec) {
   const int slots = num_block_slots(p.total_keys, p.batch, p.pool_k);
   const int64_t work = int64_t{2} * p.pool_k * p.head_dim * p.num_kv_heads;
   parallel_for(exec, slots, grain_for(work), [&](int64_t begin, int64_t end) {
+    const int64_t gathered_size = kPaged ? int64_t{p.pool_k} * p.head_dim : 0;
+    Scratch scratch(Scratch::padded<T>(gathered_size));
+    T* const gathered = scratch.template take<T>(gathered_size);
     for (int64_t slot = begin; slot < end; ++slot) {
       const BlockOfSlot at = block_of_slot(p.cu_seqlens_k, p.batch, p.pool_k, static_cast<int>(slot));
-      const int first = p.cu_seqlens_k[at.sequence] + at.block * p.pool_k;
-      const int count = min_of(p.cu_seqlens_k[at.sequence + 1] - first, p.pool_k);
+      const int start = p.cu_seqlens_k[at.sequence];
+      const int first = at.block * p.pool_k;
+      const int count = min_of(p.cu_seqlens_k[at.sequence + 1] - start - first, p.pool_k);
       if (count <= 0) continue;
       for (int head = 0; head < p.num_kv_heads; ++head) {
-        const T* keys = static_cast<const T*>(p.k) + int64_t{first} * p.k_stride_token + head * p.k_stride_head;
+        const HeadKeys<T, kPaged> keys(p.k, p.table, start, at.sequence, head);
         AccOf<T>* entry =
             static_cast<AccOf<T>*>(p.pages) + (slot * p.num_kv_heads + head) * RuleT::kVectors * p.head_dim;
-        encode_page<RuleT>(keys, p.k_stride_token, count, p.head_dim, entry);
+        if (keys.run(first) >= count) {
+          encode_page<RuleT>(keys.row(first), keys.stride(), count, p.head_dim, entry);
+          continue;
+        }
+        for (int j = 0; j < count; ++j) {
+          __builtin_memcpy(gathered + j * p.head_dim, keys.row(first + j), sizeof(T) * p.head_dim);
+        }
+        encode_page<RuleT>(gathered, p.head_dim, count, p.head_dim, entry);
       }
     }
   });
@@ -141,7 +152,11 @@ class CompositeBlock {
 
 template <typename RuleT, typename T>
 void estimate(const CompositeBlocksParams& p, const CpuExecutor& exec) {
-  if (p.pools_keys) pool_keys<RuleT, T>(p, exec);
+  if (p.pools_keys && is_paged(p.table)) {
+    pool_keys<RuleT, T, true>(p, exec);
+  } else if (p.pools_keys) {
+    pool_keys<RuleT, T, false>(p, exec);
+  }
   const int heads = composite_heads(p);
   const int64_t items = int64_t{p.end_slot - p.first_slot} * heads;
   const int64_t work =

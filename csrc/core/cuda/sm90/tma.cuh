@@ -11,13 +11,13 @@ namespace unique_attn {
 constexpr int kSwizzleRow = 128;  // bytes
 constexpr int kTileChannels = 64;
 
-// A tensor [z, y, x] with unit stride in x, and the box of it that one copy takes.
+// A tensor [z, y, x] or [w, z, y, x] with unit stride in x, and the box of it that one copy takes.
 struct TensorBox {
   const void* data;
   int element_bytes;  // 1, 2
-  int64_t size[3];    // x, y, z
-  int64_t stride[2];  // of y and z, in bytes, multiples of 16 and not 0
-  int box[3];
+  int64_t size[4];    // x, y, z, w; w 0: there is none
+  int64_t stride[3];  // of y, z and w, in bytes, multiples of 16 and not 0
+  int box[4];
   bool swizzle;  // 128 bytes; else none
 };
 cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& box);
@@ -40,13 +40,23 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, u
       : "memory");
 }
 
-// `channels` channels of rows that TMA's box holds, as tiles of 64 channels, `tile_bytes` apart.
-template <int kChannels>
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, uint64_t* barrier, int x, int y, int z,
+                                         int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// `channels` channels of rows that TMA's box holds, as tiles of 64 channels, `tile_bytes` apart. What lies outside the
+// tensor is zeros.
+template <int kChannels, typename... At>
 __device__ __forceinline__ void tma_load_tiles(char* shared, int tile_bytes, const CUtensorMap& map, uint64_t* barrier,
-                                               int y, int z) {
+                                               At... at) {
 #pragma unroll
   for (int i = 0; i < kChannels / kTileChannels; ++i) {
-    tma_load(shared + i * tile_bytes, map, barrier, i * kTileChannels, y, z);
+    tma_load(shared + i * tile_bytes, map, barrier, i * kTileChannels, at...);
   }
 }
 

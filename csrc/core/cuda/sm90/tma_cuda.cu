@@ -35,21 +35,22 @@ cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
   Encode encode = nullptr;
   const cudaError_t error = find_encode(encode);
   if (error != cudaSuccess) return error;
-  cuuint64_t size[3], stride[2];
-  cuuint32_t box[3], step[3] = {1, 1, 1};
-  for (int i = 0; i < 3; ++i) {
+  const int rank = t.size[3] == 0 ? 3 : 4;
+  cuuint64_t size[4], stride[3];
+  cuuint32_t box[4], step[4] = {1, 1, 1, 1};
+  for (int i = 0; i < rank; ++i) {
     size[i] = static_cast<cuuint64_t>(t.size[i]);
     box[i] = static_cast<cuuint32_t>(t.box[i]);
   }
   // The stride of a dimension of size 1 may be anything.
   const int64_t row = (t.size[0] * t.element_bytes + 15) / 16 * 16;
-  for (int i = 0; i < 2; ++i) stride[i] = static_cast<cuuint64_t>(t.size[i + 1] == 1 ? row : t.stride[i]);
+  for (int i = 0; i + 1 < rank; ++i) stride[i] = static_cast<cuuint64_t>(t.size[i + 1] == 1 ? row : t.stride[i]);
   const CUtensorMapDataType type =
       t.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   const CUresult result =
-      encode(&map, type, 3, const_cast<void*>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             t.swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(t.data), size, stride, box, step,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

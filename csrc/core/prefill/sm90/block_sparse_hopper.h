@@ -6,7 +6,8 @@
 
 namespace unique_attn {
 
-// Whether it can: 16-bit inputs of 64 or 128 channels in query blocks of 128, on a Hopper GPU.
+// Whether it can: 16-bit inputs of 64 or 128 channels in query blocks of 128, on a Hopper GPU; a paged cache in blocks of
+// 16, 32 or a multiple of 64 tokens, and no memory that stands for more than one of them.
 bool block_sparse_on_hopper(const BlockSparseParams& params, const DeviceFacts& device);
 cudaError_t block_sparse_attention_hopper(const BlockSparseParams& params, cudaStream_t stream);
 

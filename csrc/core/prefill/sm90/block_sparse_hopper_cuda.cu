@@ -65,9 +65,27 @@ struct HalfWalk {
     return (block * halves + --half) * kHalf;
   }
 };
+
+// Copies the 64 keys from `key` on into a half of a tile. `key` counts from the first key of the packed batch or, paged,
+// of the sequence, which has `num_keys`.
+template <int D, bool kPaged>
+__device__ __forceinline__ void copy_half(char* half, int tile_bytes, const CUtensorMap& map, uint64_t* full,
+                                          const BlockSparseParams& p, int b, int kv_head, int key, int num_keys) {
+  if constexpr (kPaged) {
+    const int rows = min(p.table.block_size, kHalf);  // in one block
+#pragma unroll 1
+    for (int end = key + kHalf; key < end; key += rows, half += rows * kSwizzleRow) {
+      // A block that there is not is filled with zeros. No entry of the table past the sequence's end is looked at.
+      const int block = key < num_keys ? physical_block(p.table, b, key / p.table.block_size) : -1;
+      tma_load_tiles<D>(half, tile_bytes, map, full, key % p.table.block_size, kv_head, block);
+    }
+  } else {
+    tma_load_tiles<D>(half, tile_bytes, map, full, kv_head, key);
+  }
+}
 #endif
 
-template <typename T, int D>
+template <typename T, int D, bool kPaged>
 __global__ void __launch_bounds__(Roles::kThreads, 1)
     block_sparse_hopper(const __grid_constant__ Maps maps, const __grid_constant__ BlockSparseParams p,
                         int first_sequence) {
@@ -126,21 +144,22 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
       for (int tile = 0; tile < num_tiles; ++tile) {
         const int position[2] = {walk.next(), walk.next()};
         // Keys of no place are copied once more, as something that can be read.
-        const int from[2] = {k_start + position[0], k_start + (position[1] == kNowhere ? position[0] : position[1])};
+        const int origin = kPaged ? 0 : k_start;
+        const int from[2] = {origin + position[0], origin + (position[1] == kNowhere ? position[0] : position[1])};
         keys.wait_free(shared.keys);
         shared.first_key[keys.stage][0] = position[0];
         shared.first_key[keys.stage][1] = position[1];
         uint64_t* full = &shared.keys.full[keys.stage];
         barrier_expect(full, sizeof(shared.k[0]));
         for (int half = 0; half < 2; ++half) {
-          tma_load_tiles<D>(shared.k[keys.stage][0] + half * kHalf * kSwizzleRow, kNext, maps.k, full, kv_head,
-                            from[half]);
+          copy_half<D, kPaged>(shared.k[keys.stage][0] + half * kHalf * kSwizzleRow, kNext, maps.k, full, p, b, kv_head,
+                               from[half], num_keys);
         }
         keys.advance();
         full = values.acquire(shared.values, sizeof(shared.v[0]));
         for (int half = 0; half < 2; ++half) {
-          tma_load_tiles<D>(shared.v[values.stage][0] + half * kHalf * kSwizzleRow, kNext, maps.v, full, kv_head,
-                            from[half]);
+          copy_half<D, kPaged>(shared.v[values.stage][0] + half * kHalf * kSwizzleRow, kNext, maps.v, full, p, b,
+                               kv_head, from[half], num_keys);
         }
         values.advance();
       }
@@ -275,17 +294,36 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
 }
 
 // Rows of 64 tokens of one head.
-cudaError_t rows_of(CUtensorMap& map, const BlockSparseParams& p, const void* data, int heads, int tokens,
-                    int64_t stride_token, int64_t stride_head) {
+cudaError_t packed_rows(CUtensorMap& map, const BlockSparseParams& p, const void* data, int heads, int tokens,
+                        int64_t stride_token, int64_t stride_head) {
   return encode_tensor_map(
       map,
       {data, 2, {p.head_dim, heads, tokens}, {stride_head * 2, stride_token * 2}, {kTileChannels, 1, kHalf}, true});
 }
 
+// Keys or values: the same rows, or those of one block of a cache.
+cudaError_t key_rows(CUtensorMap& map, const BlockSparseParams& p, const KeyView& view) {
+  const PageTable& table = p.table;
+  if (!is_paged(table)) {
+    return packed_rows(map, p, view.data, p.num_kv_heads, p.total_keys, view.stride_token, view.stride_head);
+  }
+  return encode_tensor_map(map, {view.data,
+                                 2,
+                                 {p.head_dim, table.block_size, p.num_kv_heads, table.num_blocks},
+                                 {view.stride_token * 2, view.stride_head * 2, view.stride_block * 2},
+                                 {kTileChannels, min_of(table.block_size, kHalf), 1, 1},
+                                 true});
+}
+
+bool can_map(const BlockSparseParams& p, const KeyView& view) {
+  return view.stride_token != 0 && (view.stride_head != 0 || p.num_kv_heads == 1) &&
+         (view.stride_block != 0 || p.table.num_blocks == 1);
+}
+
 template <typename T, int D>
 cudaError_t launch(const BlockSparseParams& p, const Maps& maps, cudaStream_t stream) {
   constexpr int kBytes = kSharedBytes<Shared<D>>;
-  const auto kernel = block_sparse_hopper<T, D>;
+  const auto kernel = is_paged(p.table) ? block_sparse_hopper<T, D, true> : block_sparse_hopper<T, D, false>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = (p.max_queries + kQueries - 1) / kQueries;
@@ -297,20 +335,19 @@ cudaError_t launch(const BlockSparseParams& p, const Maps& maps, cudaStream_t st
 }  // namespace
 
 bool block_sparse_on_hopper(const BlockSparseParams& p, const DeviceFacts& device) {
+  const int block_size = p.table.block_size;
+  const bool keys = is_paged(p.table) ? (block_size % kHalf == 0 || block_size == 16 || block_size == 32) &&
+                                            p.table.num_blocks > 0 && can_map(p, p.k) && can_map(p, p.v)
+                                      : p.total_keys > 0;
   return device.runs_sm90 && (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) &&
-         (p.head_dim == 64 || p.head_dim == 128) && p.block_q == kQueries && p.mask_words <= kMostWords &&
-         p.total_keys > 0;
+         (p.head_dim == 64 || p.head_dim == 128) && p.block_q == kQueries && p.mask_words <= kMostWords && keys;
 }
 
 cudaError_t block_sparse_attention_hopper(const BlockSparseParams& p, cudaStream_t stream) {
   Maps maps;
-  cudaError_t error = rows_of(maps.q, p, p.q, p.num_q_heads, p.total_queries, p.q_stride_token, p.q_stride_head);
-  if (error == cudaSuccess) {
-    error = rows_of(maps.k, p, p.k, p.num_kv_heads, p.total_keys, p.k_stride_token, p.k_stride_head);
-  }
-  if (error == cudaSuccess) {
-    error = rows_of(maps.v, p, p.v, p.num_kv_heads, p.total_keys, p.v_stride_token, p.v_stride_head);
-  }
+  cudaError_t error = packed_rows(maps.q, p, p.q, p.num_q_heads, p.total_queries, p.q_stride_token, p.q_stride_head);
+  if (error == cudaSuccess) error = key_rows(maps.k, p, p.k);
+  if (error == cudaSuccess) error = key_rows(maps.v, p, p.v);
   if (error != cudaSuccess) return error;
   const bool bf16 = p.dtype == DType::kBFloat16;
   if (p.head_dim == 64) return bf16 ? launch<__nv_bfloat16, 64>(p, maps, stream) : launch<__half, 64>(p, maps, stream);
