@@ -22,7 +22,7 @@ class PrefillMethod:
 
 #: By name: ``directional`` (ours) and ``unisparse`` (the paper's composite tokens).
 PREFILL_METHODS: dict[str, PrefillMethod] = {
-    "directional": PrefillMethod("directional", pools_heads=False, aggregate="max", threshold=0.01),
+    "directional": PrefillMethod("directional", pools_heads=False, aggregate="max", threshold=0.005),
     "unisparse": PrefillMethod("mean", pools_heads=True, aggregate="mean", top_p=0.95),
 }
 
