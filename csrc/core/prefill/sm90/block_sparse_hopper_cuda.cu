@@ -15,7 +15,7 @@ constexpr int kHalf = 64;      // keys of a copy, and queries of a warpgroup
 constexpr int kKeys = 2 * kHalf;
 constexpr int kKeyStages = 3;  // a stage's positions are read after its product
 constexpr int kValueStages = 2;
-constexpr int kMostWords = 1024;         // of a row of the mask: 2 million keys
+constexpr int kMostWords = 1024;                          // of a row of the mask: 2 million keys
 [[maybe_unused]] constexpr int kNowhere = INT32_MAX / 2;  // position of keys that nobody sees
 using Roles = WarpRoles<2, 24, 240>;
 
