@@ -36,19 +36,19 @@ class PrefillRecord(NamedTuple):
 
     @property
     def visible(self) -> int:
-        """Pairs of a query block and a key block that some query of it may see: what dense attention computes."""
+        """Pairs of a query block and a key block that some query of it may see, which dense attention computes."""
         ends = [min(self.num_queries, (i + 1) * self.block_q) for i in range(self.query_blocks)]
         return sum(-(-(self.num_keys - self.num_queries + end) // self.block_k) for end in ends)
 
     @property
     def density(self) -> Tensor:
-        """Share of the visible blocks that was kept: fp32 ``[heads]``, on the device of the record."""
+        """Share of the visible blocks that was kept, fp32 ``[heads]`` on the device of the record."""
         blocks = ops.unpack_block_mask(self.mask[: self.query_blocks], -(-self.num_keys // self.block_k))
         return blocks.sum((0, 2)).float() / self.visible
 
     @property
     def mass(self) -> Tensor:
-        """Share of the estimated attention on kept blocks, mean over the query blocks: fp32 ``[heads]``."""
+        """Share of the estimated attention on kept blocks, the mean over the query blocks, fp32 ``[heads]``."""
         return self.kept[: self.query_blocks].float().mean(0)
 
 
