@@ -25,6 +25,6 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 # what signatures mention that has no page.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|np|numpy|npt|transformers|collections|typing|pathlib|pybind11_builtins)\..*"),
+    ("py:.*", r"(torch|nn|np|numpy|npt|transformers|collections|typing|pathlib|contextlib|pybind11_builtins)\..*"),
     ("py:class", r"Tensor|Path|unique_attn\.(hf\.model\.Model|_checked\.CheckedConfig)"),
 ]
