@@ -153,7 +153,8 @@ def test_the_library_refuses_what_the_wrappers_never_pass() -> None:
     tensors = [args[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k")]
     for rule, aggregate, named in ((1, 0, "rule"), (3, 0, "rule"), (-1, 0, "rule"), (0, 2, "aggregate")):
         with pytest.raises(ValueError, match=rf"^composite_blocks: {named}: expected"):
-            torch.ops.unique_attn.composite_blocks(*tensors, 61, 70, rule, False, aggregate, 8, 8, 64, 64, 2.0, 1.0)
+            sizes = (8, 8, 64, 64)
+            torch.ops.unique_attn.composite_blocks(*tensors, 61, 70, rule, False, aggregate, *sizes, 2.0, 1.0, None)
 
 
 @pytest.mark.parametrize("op", OPS)
