@@ -151,9 +151,9 @@ def test_a_weight_of_what_is_not_there_is_refused(device: str, op: str) -> None:
 def test_the_library_refuses_what_the_wrappers_never_pass() -> None:
     args = arguments("composite_blocks", "cpu")
     tensors = [args[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k")]
+    sizes = (8, 8, 64, 64)
     for rule, aggregate, named in ((1, 0, "rule"), (3, 0, "rule"), (-1, 0, "rule"), (0, 2, "aggregate")):
         with pytest.raises(ValueError, match=rf"^composite_blocks: {named}: expected"):
-            sizes = (8, 8, 64, 64)
             torch.ops.unique_attn.composite_blocks(*tensors, 61, 70, rule, False, aggregate, *sizes, 2.0, 1.0, None)
 
 
