@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "prefill.h"
-#include "training.h"
 #include "value_checks.h"
 
 namespace unique_attn {
@@ -115,27 +114,10 @@ BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, con
                                      const PrefillBatch& batch, double scale) {
   BlockSparseCall call;
   BlockSparseParams& p = call.params;
-  p.dtype = args.dtype();
-  const TokenView q_view = packed_tokens(args, "q", q, call.q);
-  p.k = prefill_keys(args, "k", k, batch, call.k);
+  enter_batch(p, args, q, k, batch, scale, call.q, call.k);
   p.v = prefill_keys(args, "v", v, batch, call.v);
-  args.size("k", k, k.dim() - 1, q.size(2), "head dimension of q");
   for (int64_t dim = 0; dim < k.dim(); ++dim) args.size("v", v, dim, k.size(dim), "as in k");
   args.groups(q.size(1), k.size(1));
-  p.batch = batch.batch;
-  p.num_q_heads = static_cast<int>(q.size(1));
-  p.num_kv_heads = static_cast<int>(k.size(1));
-  p.head_dim = static_cast<int>(q.size(2));
-  p.total_queries = batch.total_queries;
-  p.total_keys = batch.total_keys;
-  p.max_queries = batch.max_queries;
-  p.block_q = batch.block_q;
-  p.block_k = batch.block_k;
-  p.cu_seqlens_q = batch.cu_seqlens_q;
-  p.cu_seqlens_k = batch.cu_seqlens_k;
-  p.scale = scale;
-  p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
-  p.table = batch.table;
   return call;
 }
 

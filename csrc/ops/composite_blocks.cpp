@@ -2,7 +2,6 @@
 #include <iterator>
 
 #include "prefill.h"
-#include "training.h"
 #include "value_checks.h"
 
 namespace unique_attn {
@@ -23,7 +22,6 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
                                              double spread_weight, double scale) {
   CompositeBlocksCall call;
   CompositeBlocksParams& p = call.params;
-  p.dtype = args.dtype();
   p.form = rule_facts(args.rule(rule)).form;
   if (p.form != ScoreForm::kMean && p.form != ScoreForm::kVectorSpread) {
     fail(args.op(), "rule", "expected mean or directional, got ", rule_facts(args.rule(rule)).name);
@@ -34,25 +32,9 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
   p.aggregate = static_cast<Aggregate>(aggregate);
   p.pool_q = pool(args, "pool_q", pool_q);
   p.pool_k = pool(args, "pool_k", pool_k);
-  const TokenView q_view = packed_tokens(args, "q", q, call.q);
-  p.k = prefill_keys(args, "k", k, batch, call.k);
-  args.size("k", k, k.dim() - 1, q.size(2), "head dimension of q");
+  enter_batch(p, args, q, k, batch, scale, call.q, call.k);
   args.groups(q.size(1), k.size(1));
-  p.batch = batch.batch;
-  p.num_q_heads = static_cast<int>(q.size(1));
-  p.num_kv_heads = static_cast<int>(k.size(1));
-  p.head_dim = static_cast<int>(q.size(2));
-  p.total_queries = batch.total_queries;
-  p.total_keys = batch.total_keys;
-  p.max_queries = batch.max_queries;
-  p.block_q = batch.block_q;
-  p.block_k = batch.block_k;
   p.key_blocks = static_cast<int>((max_seqlen_k + batch.block_k - 1) / batch.block_k);
-  p.cu_seqlens_q = batch.cu_seqlens_q;
-  p.cu_seqlens_k = batch.cu_seqlens_k;
-  p.scale = scale;
-  p.q = q_view.data, p.q_stride_token = q_view.stride_token, p.q_stride_head = q_view.stride_head;
-  p.table = batch.table;
   p.first_slot = 0;
   p.end_slot = num_block_slots(p.total_queries, p.batch, p.block_q);
   p.pools_keys = true;

@@ -7,6 +7,7 @@
 #include "core/prefill/block_sparse.h"
 #include "core/prefill/composite_blocks.h"
 #include "core/prefill/select_blocks.h"
+#include "training.h"
 
 namespace unique_attn {
 
@@ -16,7 +17,7 @@ namespace unique_attn {
 struct PrefillBatch {
   int batch;
   int total_queries;
-  int total_keys;  // paged: at least so many; 0 where the op is given no bound
+  int total_keys;  // paged: at most so many; 0 where the op is given no bound
   int max_queries;
   int block_q, block_k;
   const int32_t* cu_seqlens_q;
@@ -36,6 +37,29 @@ PrefillBatch prefill_batch(const Arguments& args, const Tensor& q, const Tensor&
 // Packed or paged keys or values of such a batch; their tensor has the right rank.
 KeyView prefill_keys(const Arguments& args, const char* name, const Tensor& tensor, const PrefillBatch& batch,
                      Tensor& keep);
+// Fills the Params of an op with what it has of its queries, keys and batch.
+template <typename Params>
+void enter_batch(Params& p, const Arguments& args, const Tensor& q, const Tensor& k, const PrefillBatch& batch,
+                 double scale, Tensor& keep_q, Tensor& keep_k) {
+  p.dtype = args.dtype();
+  const TokenView view = packed_tokens(args, "q", q, keep_q);
+  p.q = view.data, p.q_stride_token = view.stride_token, p.q_stride_head = view.stride_head;
+  p.k = prefill_keys(args, "k", k, batch, keep_k);
+  args.size("k", k, k.dim() - 1, q.size(2), "head dimension of q");
+  p.batch = batch.batch;
+  p.num_q_heads = static_cast<int>(q.size(1));
+  p.num_kv_heads = static_cast<int>(k.size(1));
+  p.head_dim = static_cast<int>(q.size(2));
+  p.total_queries = batch.total_queries;
+  p.total_keys = batch.total_keys;
+  p.max_queries = batch.max_queries;
+  p.block_q = batch.block_q;
+  p.block_k = batch.block_k;
+  p.cu_seqlens_q = batch.cu_seqlens_q;
+  p.cu_seqlens_k = batch.cu_seqlens_k;
+  p.scale = scale;
+  p.table = batch.table;
+}
 // The values of bounds and table, where they are looked at.
 void check_prefill_values(const Arguments& args, const PrefillBatch& batch, const std::optional<Tensor>& block_table,
                           const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,

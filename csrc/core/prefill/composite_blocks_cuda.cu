@@ -1,7 +1,7 @@
 // Attention between pooled queries and pages, of which only the shares of key blocks are kept. A thread block takes one
-// tile of pooled queries after another: it pools them, meets all pages that they see, keeps the sum of the weights of
-// every unit of pages as a logarithm, and when the rows' sums are known makes them shares. So nothing is computed twice,
-// and memory is what the thread blocks at work need.
+// tile of pooled queries after another: it pools them, meets all pages that they see, keeps the weight of every unit of
+// pages, relative to the row's largest logit so far, and when the rows' sums are known makes them shares. So nothing is
+// computed twice, and memory is what the thread blocks at work need.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
 #include "core/prefill/composite_cuda.cuh"

@@ -93,7 +93,7 @@ struct CompositeView {
 };
 
 // Weights of the units of all rows at work, relative to a base of each row and tile of pages, the largest logit of the
-// row up to there. 16-bit inputs have 16-bit weights: their last place is below the rounding of the pooled inputs.
+// row up to there. 16-bit inputs have weights of fp16, which are rounded no more coarsely than those.
 template <typename T>
 using WeightType = std::conditional_t<sizeof(T) == 4, float, __half>;
 

@@ -167,6 +167,13 @@ __device__ __forceinline__ void pack_operand(unsigned (&a)[kRegisters / 2], cons
   for (int i = 0; i < kRegisters / 2; ++i) a[i] = pack2<T>(d[2 * i], d[2 * i + 1]);
 }
 
+// A pair of an operand, squared and rounded to bf16, whose range holds the squares of fp16.
+template <typename T>
+__device__ __forceinline__ unsigned square2(unsigned pair) {
+  const float2 x = unpack2<T>(pair);
+  return pack2<__nv_bfloat16>(x.x * x.x, x.y * x.y);
+}
+
 #endif  // UA_HOPPER
 
 }  // namespace unique_attn

@@ -5,6 +5,7 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/math.cuh"
 #include "core/cuda/sm90/roles.cuh"
+#include "core/cuda/sm90/softmax.cuh"
 #include "core/prefill/sm90/block_sparse_hopper.h"
 
 namespace unique_attn {
@@ -222,28 +223,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
         }
       }
       float correction[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = m[half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
-        const float offset = top == -INFINITY ? 0.f : top;
-        correction[half] = exp2_fast(m[half] - offset);
-        m[half] = top;
-        float sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int i = 4 * n + 2 * half + c;
-            s[i] = exp2_fast(s[i] - offset);
-            sum += s[i];
-          }
-        }
-        l[half] = l[half] * correction[half] + sum;
-      }
+      online_softmax(s, m, l, correction);
       wgmma_wait<0>();
       keep_operand(probabilities, p.batch == 0, &shared.q_full);
       if (tile > 0) shared.values.release(previous);

@@ -57,12 +57,6 @@ __device__ __forceinline__ void pool_operand(unsigned (&a)[D / 4], const Composi
     for (int at = 0; at < D / 8; ++at) a[at * 2 + half] = pack2<T>(sums[at].x * inverse, sums[at].y * inverse);
   }
 }
-
-template <typename T>
-__device__ __forceinline__ unsigned squared(unsigned pair) {
-  const float2 x = unpack2<T>(pair);
-  return pack2<__nv_bfloat16>(x.x * x.x, x.y * x.y);
-}
 #endif
 
 template <typename T, int D, bool kSpread>
@@ -124,7 +118,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     pool_operand<T, D>(q, p, tile, end_query);
     if constexpr (kSpread) {
 #pragma unroll
-      for (int i = 0; i < D / 4; ++i) squares[i] = squared<T>(q[i]);
+      for (int i = 0; i < D / 4; ++i) squares[i] = square2<T>(q[i]);
     }
     const int seen[2] = {view.pages(p, row), view.pages(p, row + 8)};
     const int all_see = view.pages(p, 0);  // rows see more and more

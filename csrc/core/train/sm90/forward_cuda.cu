@@ -1,6 +1,7 @@
 // Flash attention with a bias per (query, page), on Hopper. A thread block serves 2 x 64 rows (tokens with all heads of
 // a group): one warp copies tiles of 128 keys, two warpgroups multiply. Of every tile the softmax runs under the
 // product of the tile before with its values.
+#include "core/cuda/sm90/softmax.cuh"
 #include "core/train/sm90/common.cuh"
 
 namespace unique_attn {
@@ -140,28 +141,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
       }
     }
     float correction[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = m[half];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
-      const float offset = top == -INFINITY ? 0.f : top;
-      correction[half] = exp2_fast(m[half] - offset);
-      m[half] = top;
-      float sum = 0.f;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int i = 4 * n + 2 * half + c;
-          s[i] = exp2_fast(s[i] - offset);
-          sum += s[i];
-        }
-      }
-      l[half] = l[half] * correction[half] + sum;
-    }
+    online_softmax(s, m, l, correction);
     wgmma_wait<0>();
     keep_operand(probabilities, a.tokens == 0, &shared.q_full);
     if (tile < num_tiles - 1) shared.values.release(previous);

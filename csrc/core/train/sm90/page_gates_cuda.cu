@@ -50,12 +50,6 @@ __device__ __forceinline__ void load_operand(unsigned (&a)[D / 4], const Rows& r
     }
   }
 }
-
-template <typename T>
-__device__ __forceinline__ unsigned square2(unsigned pair) {
-  const float2 x = unpack2<T>(pair);
-  return pack2<__nv_bfloat16>(x.x * x.x, x.y * x.y);
-}
 #endif
 
 template <typename T, int D, ScoreOutput kOutput>
