@@ -60,7 +60,8 @@ def paged_cache(batch=2, length=11, padding=None, config=CONFIG) -> UniqueCache:
 def index_is_exact(layer: UniqueLayer) -> None:
     """Every page of the layer has the entry that the oracle computes from its keys."""
     pages, table = layer._pages, layer._table
-    expected = pages.index.clone()
+    index = pages.index[: pages.storage.num_blocks]
+    expected = index.clone()
     lens = table.seq_lens(pages.device)
     reference.page_index(
         pages.k,
@@ -73,6 +74,6 @@ def index_is_exact(layer: UniqueLayer) -> None:
         page_size=pages.config.page_size,
     )
     for got, want in zip(
-        *(reference.decode_index(i, rule="directional", dtype=pages.k.dtype) for i in (pages.index, expected))
+        *(reference.decode_index(i, rule="directional", dtype=pages.k.dtype) for i in (index, expected))
     ):
         torch.testing.assert_close(got, want)

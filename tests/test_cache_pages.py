@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from cache_cases import CONFIG, feed, index_is_exact, paged_cache, states
 
+from unique_attn.block_storage import BlockStorage
 from unique_attn.paging import LayerPages, OutOfStepError, PagedTable, unsupported
 
 
@@ -37,12 +38,12 @@ def test_padding_is_not_stored():
 
 def test_storage_grows_with_the_pool():
     cache = paged_cache(batch=1)
-    before = cache.layers[0]._pages.k.shape[0]
+    before = cache.layers[0]._pages.storage.num_blocks
     kept = cache.layers[0].keys
     for _ in range(5):
         feed(cache, 1, 90)
     pages = cache.layers[0]._pages
-    assert before < pages.pool.num_blocks == pages.k.shape[0] == pages.index.shape[0]
+    assert before < pages.pool.num_blocks <= pages.storage.num_blocks
     assert torch.equal(cache.layers[0].keys[:, :, :11], kept)
     assert cache.layers[0]._table.seq_lens(torch.device("cpu")).tolist() == [461]
 
@@ -98,7 +99,8 @@ def test_table_refuses_what_is_out_of_step():
 def test_write_then_gather_in_one_layer():
     table = PagedTable.create(7, [0, 4], block_size=4)
     k, v = states(2, 7)
-    pages = LayerPages(table.pool, k, CONFIG.from_dict({**CONFIG.to_dict(), "block_size": 4}))
+    config = CONFIG.from_dict({**CONFIG.to_dict(), "block_size": 4})
+    pages = LayerPages(table.pool, BlockStorage.create(table.pool.num_blocks, k, 4, config), config)
     pages.write(k, v, table, 0)
     keys, values = pages.gather(table, 7)
     k[1, :, :4] = v[1, :, :4] = 0

@@ -36,6 +36,8 @@ class UniqueConfig(CheckedConfig):
         threshold: share of a query's attention, 0 to 1, from which on a key block is kept in prefill.
         top_p: share of the attention of a query block, 0 to 1, that the kept blocks have. At most one of these two;
             without, the default of the method.
+        graphs: ``auto`` (default): an enabled model on CUDA runs its decode steps from CUDA graphs where it can; ``off``:
+            never.
         prefill_above: calls whose context is at most as many tokens, new ones included, prefill densely.
 
     Raises:
@@ -59,6 +61,7 @@ class UniqueConfig(CheckedConfig):
     threshold: float | None = None
     top_p: float | None = None
     prefill_above: int = 8192
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         self._choice("rule", tuple(RULES))
@@ -81,6 +84,7 @@ class UniqueConfig(CheckedConfig):
             self._integer("dense_below", 0)
         self._layers("dense_layers")
         self._integer("max_decode_tokens", 1)
+        self._choice("graphs", ("auto", "off"))
         self._choice("prefill", ("dense", *PREFILL_METHODS))
         for name in ("threshold", "top_p"):
             self._share(name)

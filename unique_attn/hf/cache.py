@@ -282,7 +282,7 @@ class UniqueLayer(DynamicLayer):
         if table.batch != keys.shape[0] or ahead not in (0, step.num_tokens):
             raise OutOfStepError(f"a layer holds {length} tokens, others {table.length}")
         with table.pool.lock:
-            pages = LayerPages(table.pool, keys.to(dtype), state.config)
+            pages = LayerPages(table.pool, state.storage(table, keys[:, :, :0].to(dtype)), state.config)
             pages.write(keys.to(dtype), values.to(dtype), table, 0)
             table.storages.append(pages)
         self._pages, self._table, self._length = pages, table, length
@@ -293,12 +293,27 @@ class UniqueLayer(DynamicLayer):
 
     def _append(self, step: Step) -> tuple[LayerPages, PagedTable]:
         """Make room for the tokens of a step, which is settled thereby."""
+        self._step = None
+        return self._make_room(step.num_tokens)
+
+    def _make_room(self, num_tokens: int) -> tuple[LayerPages, PagedTable]:
         pages, table = self._paged()
-        table.append(self._version, step.num_tokens)
+        table.append(self._version, num_tokens)
         pages.fit()
         self._version += 1
-        self._length, self._step = step.length, None
+        self._length += num_tokens
         return pages, table
+
+    # ---- Steps that go past the layers. ----
+
+    def settled(self) -> tuple[LayerPages, PagedTable] | None:
+        """Pages and table with all that was handed over; None if the layer is not on pages."""
+        self._settle()
+        return None if self._pages is None else self._paged()
+
+    def advance(self) -> None:
+        """Count a token that a captured step stores; the caller is :meth:`LayerPages.exclusive`."""
+        self._make_room(1)
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         """All keys and values, for whoever asks."""
@@ -435,6 +450,11 @@ def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
     state: CacheState | None = vars(cache).get(_STATE)
     if state is not None:
         state.met = True
+
+
+def state_of(cache: Any) -> CacheState | None:
+    """What the layers of a cache share, if they are ours."""
+    return vars(cache).get(_STATE) if type(cache) in (DynamicCache, UniqueCache) else None
 
 
 _STATE = "_unique_attn"  # attribute of a cache with layers of ours

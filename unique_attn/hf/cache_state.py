@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from unique_attn.block_storage import BlockStorage
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.masks import MaskMemo, MaskWatch, is_step_mask, showing_new, shows_padding
 from unique_attn.paging import PagedTable
+
+if TYPE_CHECKING:
+    from unique_attn.hf.arena import Lease
 
 
 class CacheState:
@@ -20,10 +24,19 @@ class CacheState:
         self.config = config
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
+        self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
         self.refused = False  # a mask with holes was seen: no pages until reset
         self._masks = MaskMemo()
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
+
+    def storage(self, table: PagedTable, like: Tensor) -> BlockStorage:
+        """For the blocks of the next layer that turns to pages, whose keys are as ``like`` ``[B, H, 0, D]``."""
+        if not table.storages:
+            table.lease, self.lease = self.lease, None
+        if table.lease is not None:
+            return table.lease.storage(len(table.storages), table.pool, like, self.config)
+        return BlockStorage.create(table.pool.num_blocks, like, table.pool.block_size, self.config)
 
     def reset(self) -> None:
         self.table, self.refused, self._masks, self._watched = None, False, MaskMemo(), None

@@ -28,6 +28,7 @@ from unique_attn.hf.hooks import (
 )
 from unique_attn.hf.lazy import register
 from unique_attn.hf.reasons import never_sparse, window_of
+from unique_attn.hf.subclass import unwatch_steps, watch_steps
 from unique_attn.hf.training import TrainState
 from unique_attn.prefill import PrefillRecord
 from unique_attn.train_config import TrainConfig
@@ -82,6 +83,7 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
         raise ValueError(f"config.dense_layers: expected layers from 0 to {max(layers)}, got {missing}")
     before = _before(inner)
     detach(inner)
+    unwatch_steps(inner)
     reason = never_sparse(inner, modules)
     if reason is None and train is None and cache_argument(inner) is None:
         reason = "its forward names no cache among its arguments"
@@ -101,6 +103,7 @@ def enable(model: Model, config: UniqueConfig | None = None, train: TrainConfig 
             )
     setattr(text, SAVED, config.to_dict())
     attach(inner, config, state, before)
+    watch_steps(inner)
     if state is not None:
         state.prepare(modules)
     if all(window_of(module) != 0 for module in modules):
@@ -124,6 +127,7 @@ def disable(model: Model) -> Model:
     inner = _transformers_model(model)
     before = _before(inner)
     detach(inner)
+    unwatch_steps(inner)
     vars(inner).pop(KEEPS, None)
     _restore(inner, before)
     return model

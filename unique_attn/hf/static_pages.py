@@ -1,4 +1,4 @@
-"""A cache of fixed size on pages, whose lengths live on the device alone: what a captured step writes to."""
+"""Caches on pages whose lengths live on the device alone: what a captured step writes to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unique_attn.block_storage import BlockStorage
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from unique_attn.hf.handover import Refusal, Step, hand_over
@@ -18,14 +19,14 @@ from unique_attn.paging import LayerPages, PagedTable, SharedPool
 
 
 class StaticLayer(CacheLayerMixin):
-    """One layer of a :class:`StaticPages`, for steps of one token.
+    """One layer of a :class:`StepPages`, for steps of one token.
 
     Its storage never moves, and the number of tokens in it is known to the device alone.
     """
 
     is_compileable = is_sliding = False
 
-    def __init__(self, pages: StaticPages, layer_idx: int, window: int) -> None:
+    def __init__(self, pages: StepPages, layer_idx: int, window: int) -> None:
         super().__init__()
         self.is_initialized = True
         self.layer_idx = layer_idx
@@ -88,8 +89,48 @@ class StaticLayer(CacheLayerMixin):
         raise NotImplementedError(not_on_pages(self.layer_idx, refusal.reason))
 
 
-class StaticPages(Cache):
-    """A transformers cache of fixed size on pages, for decode steps of one token whose lengths live on the device.
+class StepPages(Cache):
+    """A transformers cache on pages for steps of one token, in which nothing depends on what the host knows.
+
+    Args:
+        config: settings.
+        windows: of each layer, tokens that a query sees, 0 for all.
+        batch: rows.
+        blocks_per_row: most blocks of a row.
+        device: where lengths and block table are.
+    """
+
+    def __init__(
+        self, config: UniqueConfig, windows: Sequence[int], batch: int, blocks_per_row: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.layer_config = replace(config, dense_layers=())
+        self.blocks_per_row = blocks_per_row
+        self.max_length = blocks_per_row * config.block_size
+        self.host_length = 0
+        with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.block_table = torch.zeros(batch, blocks_per_row, dtype=torch.int32, device=device)
+        self.static_layers = [StaticLayer(self, i, window) for i, window in enumerate(windows)]
+        self.layers = list(self.static_layers)
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def num_pages(self, layer_idx: int) -> int:
+        """Pages that a layer reads: all that a query may see in one that is dense or has a window."""
+        window, size = self.static_layers[layer_idx].window, self.config.page_size
+        if layer_idx not in self.config.dense_layers and not window:
+            return self.config.num_pages
+        pages = self.blocks_per_row * self.config.block_size // size
+        return min(pages, (window + 2 * size - 2) // size) if window else pages
+
+    def counters(self) -> list[Tensor]:
+        """Every tensor in which a step counts."""
+        return [self.seq_lens]
+
+
+class StaticPages(StepPages):
+    """Pages of fixed size with a pool of their own.
 
     Args:
         config: settings.
@@ -109,30 +150,12 @@ class StaticPages(Cache):
         device: torch.device,
         windows: Sequence[int] | None = None,
     ) -> None:
-        self.config = config
-        self.layer_config = replace(config, dense_layers=())
+        super().__init__(config, windows or [0] * num_layers, batch, -(-max_length // config.block_size), device)
         self.max_length = max_length
-        self.host_length = 0
-        size = config.block_size
-        self.blocks_per_row = -(-max_length // size)
-        self.pool = SharedPool(num_blocks=batch * self.blocks_per_row, block_size=size)
+        self.pool = SharedPool(num_blocks=batch * self.blocks_per_row, block_size=config.block_size)
         self.table: PagedTable | None = None
-        with torch.inference_mode(False):  # the cache may outlive the inference mode it began in
-            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
             self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
-            self.block_table = torch.zeros(batch, self.blocks_per_row, dtype=torch.int32, device=device)
-        self.static_layers = [StaticLayer(self, i, n) for i, n in enumerate(windows or [0] * num_layers)]
-        self.layers = list(self.static_layers)
-        self.layer_class_to_replicate = None
-        self.offloading = False
-
-    def num_pages(self, layer_idx: int) -> int:
-        """Pages that a layer reads: all that a query may see in one that is dense or has a window."""
-        window, size = self.static_layers[layer_idx].window, self.config.page_size
-        if layer_idx not in self.config.dense_layers and not window:
-            return self.config.num_pages
-        pages = self.blocks_per_row * self.config.block_size // size
-        return min(pages, (window + 2 * size - 2) // size) if window else pages
 
     def fill(self, dense: Any, padding: list[int]) -> None:
         """Begin with the keys and values of a filled ``DynamicCache``, of whose rows the first tokens are padding.
@@ -155,7 +178,8 @@ class StaticPages(Cache):
             (probe,) = autocast_inputs(keys[:, :, :0])
             keys, values = keys.to(probe.dtype), values.to(probe.dtype)
             if layer.storage is None:
-                layer.storage = LayerPages(self.pool, keys, self.config)
+                storage = BlockStorage.create(self.pool.num_blocks, keys, self.pool.block_size, self.config)
+                layer.storage = LayerPages(self.pool, storage, self.config)
             layer.storage.write(keys, values, self.table, 0)
         self.seq_lens.copy_(self.table.seq_lens(self.seq_lens.device))
         self.offset.zero_()
@@ -178,7 +202,7 @@ class StaticPages(Cache):
         self.block_table.copy_(block_table)
         self.seq_lens.fill_(length)
         for layer, (k, v) in zip(self.static_layers, caches, strict=True):
-            layer.storage = LayerPages(self.pool, k, self.config, storage=(k, v))
+            layer.storage = LayerPages(self.pool, BlockStorage.around(k, v, self.config), self.config)
             layer.storage.reindex(self.block_table, self.seq_lens, length)
 
     # ---- What a GraphedStep asks for. ----
@@ -187,10 +211,6 @@ class StaticPages(Cache):
         """Count one more token in every row; the positions of these tokens, int64 ``[B, 1]``."""
         self.seq_lens.add_(1)
         return (self.seq_lens - 1 + self.offset)[:, None]
-
-    def counters(self) -> list[Tensor]:
-        """The lengths."""
-        return [self.seq_lens]
 
 
 def windows_of(config: Any) -> list[int]:

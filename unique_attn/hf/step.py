@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.compat import cache_argument
+from unique_attn.hf.graph import CannotCaptureError, beside, record
 from unique_attn.hf.reasons import UnsupportedFeatureError
 
 Sampler = Callable[[Tensor], Tensor]
@@ -109,24 +109,17 @@ class GraphedStep:
         changed = [self.tokens, *self.cache.counters()]
         before = [each.clone() for each in changed]
         logits = None if self.logits is None else self.logits.clone()
-        with torch.cuda.device(self.device), _autocast_without_cache():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        try:
+            with beside(self.device):
                 for _ in range(2):  # what libraries set up in their first calls
                     self._step()
                     restore(changed, before)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            try:  # other threads may go on to use the device meanwhile
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self._step()
-            except RuntimeError as error:
-                raise _cannot_capture(self.model, error) from error
-            self._graph = graph
-            restore(changed, before)
-            if logits is not None:
-                self.keep(logits)
+                self._graph, _ = record(self._step)
+        except CannotCaptureError as error:
+            raise _cannot_capture(self.model, error) from error
+        restore(changed, before)
+        if logits is not None:
+            self.keep(logits)
 
     def _step(self) -> None:
         positions = self.cache.advance()
@@ -137,21 +130,12 @@ class GraphedStep:
         self.tokens.copy_(self.sample(self.logits)[:, None])
 
 
-def _cannot_capture(model: nn.Module, error: BaseException) -> UnsupportedFeatureError:
-    while error.__context__ is not None:  # the end of a failed capture raises too
-        error = error.__context__
+def _cannot_capture(model: nn.Module, error: CannotCaptureError) -> UnsupportedFeatureError:
     return UnsupportedFeatureError(
         f"GraphedDecoder: model: expected a step that a CUDA graph can hold, but one of {type(model).__name__} waits "
-        f"for the device or copies from the host: {str(error).splitlines()[0]} For a mixture of experts try "
+        f"for the device or copies from the host: {error} For a mixture of experts try "
         "model.set_experts_implementation('batched_mm')"
     )
-
-
-def _autocast_without_cache() -> AbstractContextManager[Any]:
-    """Autocast as it is, but for its cache of cast weights, which would be gone when a captured step is replayed."""
-    if not torch.is_autocast_enabled("cuda"):
-        return nullcontext()
-    return torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,43 +18,98 @@ class Unchanged:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
         self._module = attention_modules(model)[0]
         self._config = language_config(model)
-        self._places: list[tuple[dict[str, Any], str, Any]] = []  # of modules, parameters and buffers
-        self._weights: list[tuple[torch.Tensor, int, torch.dtype]] = []
-        for module in model.modules():
-            for place in (module._modules, module._parameters, module._buffers):
-                self._places += [(place, name, each) for name, each in place.items()]
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self._weights.append((tensor, tensor.data_ptr(), tensor.dtype))
+        places = [place for each in modules for place in (each._modules, each._parameters, each._buffers) if place]
+        self._places = _Contents(places)
+        self._empty = [each._parameters for each in modules if not each._parameters]
+        self._weights = [
+            tensor for each in modules for tensor in (*each._parameters.values(), *each._buffers.values())
+            if tensor is not None
+        ]
+        self._pointers = [tensor.data_ptr() for tensor in self._weights]
+        self._dtypes = [tensor.dtype for tensor in self._weights]
         self._autocast = self._autocast_now()
 
+    def changed(self) -> str | None:
+        """What changed, as the end of a message "expected ...", or None. Takes some ten microseconds."""
+        if self._config._attn_implementation != IMPLEMENTATION or hook_of(self._module) is None:
+            return f"model: expected it to be enabled as {{then}}, got {self._config._attn_implementation!r}"
+        if self._autocast_now() != self._autocast:
+            return "torch.autocast: expected it as {then}"
+        place = self._places.changed()
+        if place is not None:
+            now, before = place
+            name = next((name for name in (*before, *now) if now.get(name) is not before.get(name)), "its order")
+            return f"model: expected what it was made of {{then}}, but {name} is another one"
+        if any(self._empty):
+            return "model: expected what it was made of {then}, but a module has a new parameter"
+        if [tensor.data_ptr() for tensor in self._weights] != self._pointers or (
+            [tensor.dtype for tensor in self._weights] != self._dtypes
+        ):
+            return "model: expected its weights where they were {then}, but some were moved or cast"
+        return None
+
     def check(self) -> None:
-        """Raise if something changed. Takes a tenth of a millisecond for a few hundred weights.
+        """Raise if something changed.
 
         Raises:
             RuntimeError: what changed, and what to do.
         """
-        if self._config._attn_implementation != IMPLEMENTATION or hook_of(self._module) is None:
-            got = self._config._attn_implementation
-            raise RuntimeError(f"model: expected it to be enabled as when the GraphedDecoder was made, got {got!r}")
-        if self._autocast_now() != self._autocast:
-            raise RuntimeError("torch.autocast: expected it as when the GraphedDecoder was made: make a new one")
-        for place, name, each in self._places:
-            if place.get(name) is not each:
-                raise RuntimeError(
-                    f"model: expected what it was made of when the GraphedDecoder was made, but {name} is another one: "
-                    "make a new decoder"
-                )
-        for tensor, pointer, dtype in self._weights:
-            if tensor.data_ptr() != pointer or tensor.dtype != dtype:
-                raise RuntimeError(
-                    "model: expected its weights where they were when the GraphedDecoder was made, but one of shape "
-                    f"{list(tensor.shape)} was moved or cast: make a new decoder"
-                )
+        changed = self.changed()
+        if changed is not None:
+            raise RuntimeError(changed.format(then="when the GraphedDecoder was made") + ": make a new decoder")
 
     def _autocast_now(self) -> tuple[bool, torch.dtype | None]:
-        device = self._weights[0][0].device.type if self._weights else "cpu"
+        device = self._weights[0].device.type if self._weights else "cpu"
         on = torch.is_autocast_enabled(device)
         return on, torch.get_autocast_dtype(device) if on else None
+
+
+class Behaviour:
+    """What the modules of a model are set to: hooks, modes, adapters and other attributes that are no weights.
+
+    A captured step does what they said when it was captured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._attributes = _Contents([vars(each) for each in modules])
+        inside = [value for each in modules for value in vars(each).values() if isinstance(value, (dict, list))]
+        weights = {id(place) for each in modules for place in (each._modules, each._parameters, each._buffers)}
+        inside = [value for value in inside if id(value) not in weights]
+        self._dicts = _Contents([value for value in inside if isinstance(value, dict)])
+        self._lists = [(value, list(value)) for value in inside if isinstance(value, list)]
+        configs = {id(config): vars(config) for each in modules if (config := getattr(each, "config", None)) is not None}
+        self._configs = _Contents([values for values in configs.values()])
+
+    def changed(self) -> bool:
+        """Whether something did. Takes a tenth of a millisecond for a few hundred modules."""
+        if any(each.changed() is not None for each in (self._attributes, self._dicts, self._configs)):
+            return True
+        return not all(_equal(now, before) for now, before in self._lists)
+
+
+class _Contents:
+    """Dictionaries and what they held."""
+
+    def __init__(self, places: Sequence[dict[str, Any]]) -> None:
+        self._places = [(place, list(place), list(place.values())) for place in places]
+
+    def changed(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The first dictionary that does not hold the same any more, as it is and as it was."""
+        for place, names, values in self._places:
+            if not _equal(list(place.values()), values):
+                return place, dict(zip(names, values))
+        return None
+
+
+def _equal(now: list[Any], before: list[Any]) -> bool:
+    """Whether two lists hold the same objects, or equal ones. Objects are compared by identity first."""
+    if len(now) != len(before):
+        return False
+    try:
+        return bool(now == before)
+    except (RuntimeError, TypeError, ValueError):  # tensors that are others have no one answer
+        return False

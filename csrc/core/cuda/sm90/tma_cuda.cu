@@ -1,39 +1,17 @@
 // How the TMA learns of a tensor, on the host.
-#include <atomic>
-
+#include "core/cuda/driver.cuh"
 #include "core/cuda/sm90/tma.cuh"
 
 namespace unique_attn {
 namespace {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, without linking the driver: the library loads where there is none. It is asked for until there
-// is one, so that a failure is not remembered.
-cudaError_t find_encode(Encode& encode) {
-  static std::atomic<Encode> known{nullptr};
-  encode = known.load(std::memory_order_relaxed);
-  if (encode != nullptr) return cudaSuccess;
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
-  encode = reinterpret_cast<Encode>(function);
-  known.store(encode, std::memory_order_relaxed);
-  return cudaSuccess;
-}
+DriverFunction<decltype(&cuTensorMapEncodeTiled)> driver_encode("cuTensorMapEncodeTiled");
 
 }  // namespace
 
 cudaError_t encode_tensor_map(CUtensorMap& map, const TensorBox& t) {
-  Encode encode = nullptr;
-  const cudaError_t error = find_encode(encode);
+  decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  const cudaError_t error = driver_encode.find(encode);
   if (error != cudaSuccess) return error;
   const int rank = t.size[3] == 0 ? 3 : 4;
   cuuint64_t size[4], stride[3];

@@ -1,0 +1,259 @@
+"""Decode steps of a model on CUDA, captured by themselves: what an enabled model's forward does with a step.
+
+A forward call for one new token of every row, on a cache whose layers are all on pages, is the same work every time but
+for what is in the tensors. The first such call of a kind runs as any other and then once more in a graph; later ones
+replay that, also over the caches of later calls of ``generate()``, because their pages have the same places (arena.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unique_attn.hf.arena import Arena, Arenas
+from unique_attn.hf.cache import UniqueLayer, state_of
+from unique_attn.hf.cache_state import CacheState
+from unique_attn.hf.compat import cache_argument
+from unique_attn.hf.graph import CannotCaptureError
+from unique_attn.hf.hooks import CacheHook, SelectionRecord, recorders
+from unique_attn.hf.step_graph import StepGraph, WrongStepError, hook_inside
+from unique_attn.paging import PagedTable
+
+DEVICES = ("cuda",)  # types of devices where steps are captured
+_FEW_REPLAYS = 4  # of a graph on average; with fewer, capturing costs more than it saves
+_SOME_GRAPHS = 8
+_logger = logging.getLogger("unique_attn")
+_said: set[tuple[type, str]] = set()
+
+
+class StepCall(NamedTuple):
+    """A call of a model's forward for one token of every row.
+
+    Attributes:
+        cache: the cache among its arguments.
+        mask: ``attention_mask``, or None.
+        tensors: the other tensors, by their names.
+        constants: everything else that is not None.
+    """
+
+    cache: Any
+    mask: Tensor | None
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+
+class CapturedSteps:
+    """The captured steps of one model, which keeps this; see the module.
+
+    Args:
+        hook: the settings of the model.
+        forward: the forward of its class.
+    """
+
+    def __init__(self, hook: CacheHook, forward: Callable[..., Any]) -> None:
+        self._hook = hook
+        self._names = list(inspect.signature(forward).parameters)[1:]
+        self._model: weakref.ref[nn.Module] | None = None
+        self._cache_name = "past_key_values"
+        self._arenas = Arenas()
+        self._why_not: str | None = None  # no step of this model is captured any more
+        self._captures = self._replays = 0
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing: a copy of a model gets its own when it is called."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def run(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What ``forward(model, *args, **kwargs)`` returns if a captured step does it, else None: nothing was done."""
+        if torch.is_grad_enabled() or model.training or self._why_not is not None or not self._is_mine(model):
+            return None
+        kwargs = {**dict(zip(self._names, args)), **kwargs}
+        cache = kwargs.get(self._cache_name)
+        state = state_of(cache)
+        ids = kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if state is None or not isinstance(ids, Tensor) or ids.device.type not in DEVICES or ids.dim() < 2:
+            return None
+        config = state.config
+        if config.graphs == "off" or ids.shape[1] > config.max_decode_tokens or _is_captured(ids.device):
+            return None
+        if state.table is None:
+            if state.lease is None:
+                state.lease = self._arenas.lend()  # for the pages that this step may begin
+            return None
+        if ids.shape[1] != 1:
+            return None
+        if state.table.lease is None or recorders(self._hook, SelectionRecord):
+            return None
+        call = self._call(kwargs, ids.device)
+        reason = call if isinstance(call, str) else _not_on_pages(cache, state.table)
+        if reason is not None or isinstance(call, str):
+            _say(model, reason or "")
+            return None
+        if not _mask_agrees(state, call):
+            return None
+        return self._step(model, forward, call, state)
+
+    # ---- What a call asks for. ----
+
+    def _is_mine(self, model: nn.Module) -> bool:
+        if self._model is None:
+            self._model = weakref.ref(model)
+            self._cache_name = cache_argument(model) or self._cache_name
+        return self._model() is model  # replicas of nn.DataParallel share what the model keeps
+
+    def _call(self, kwargs: dict[str, Any], device: torch.device) -> StepCall | str:
+        """The call with these arguments, or why it is not one to be captured."""
+        tensors: dict[str, Tensor] = {}
+        constants: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if value is None or name in (self._cache_name, "attention_mask"):
+                continue
+            if isinstance(value, Tensor):
+                if value.device != device:
+                    return f"{name} is on another device"
+                tensors[name] = value
+            elif isinstance(value, (bool, int, float, str)):
+                constants[name] = value
+            else:
+                return f"it is given {name}, a {type(value).__name__}"
+        if "position_ids" not in tensors:
+            return "it is not told position_ids"
+        for name in ("labels", "output_attentions"):
+            if name in tensors or constants.get(name):
+                return f"it is given {name}"
+        if constants.get("use_cache") is False:
+            return "use_cache is False"
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device != device):
+            return "its attention_mask is not [B, length]"
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return "a dispatch mode is on"
+        return StepCall(kwargs[self._cache_name], mask, tensors, constants)
+
+    # ---- A step. ----
+
+    def _step(self, model: nn.Module, forward: Callable[..., Any], call: StepCall, state: CacheState) -> Any:
+        table = state.table
+        assert table is not None
+        first = call.cache.layers[0]
+        pages, _ = first.settled()
+        with pages.exclusive():
+            arena: Arena = table.lease.arena
+            graph = arena.graphs.get(_kind(call, table))
+            if graph is not None and not graph.fits(call.cache.layers):
+                arena.graphs.clear()
+                graph = None
+            if graph is None:
+                return self._first(model, forward, call, state, arena)
+            arena.graphs.move_to_end(_kind(call, table))
+            self._replays += 1
+            table.advanced_elsewhere()
+            for layer in call.cache.layers:
+                layer.advance()
+            graph.run(call, table)
+            return graph.result(call.cache)
+
+    def _first(
+        self, model: nn.Module, forward: Callable[..., Any], call: StepCall, state: CacheState, arena: Arena
+    ) -> Any:
+        """A step that runs as any other, and is captured afterwards for those to come."""
+        if self._captures >= _SOME_GRAPHS and self._replays < self._captures * _FEW_REPLAYS:
+            self._why_not = "its steps differ too often for graphs to pay"
+            _say(model, self._why_not)
+            return None
+        arguments = {**call.tensors, **call.constants, self._cache_name: call.cache, "attention_mask": call.mask}
+        out = forward(model, **{name: value for name, value in arguments.items() if value is not None})
+        table = state.table
+        reason = None if table is None else _not_on_pages(call.cache, table)
+        hook = hook_inside(model)
+        if table is None or reason is not None or hook is not None:
+            if hook is not None:
+                _say(model, hook)
+            return out
+        self._captures += 1
+        try:
+            graph = StepGraph(model, forward, self._cache_name, call, table, arena)
+            graph.check(out)
+        except torch.OutOfMemoryError as error:
+            self._give_up(model, f"there was no memory for a graph ({str(error).splitlines()[0]})")
+        except CannotCaptureError as error:
+            self._give_up(
+                model,
+                f"a graph cannot hold one, which waits for the device or copies from the host: {error} For a mixture "
+                "of experts try model.set_experts_implementation('batched_mm')",
+            )
+        except (NotImplementedError, WrongStepError) as error:
+            self._give_up(model, str(error))
+        else:
+            arena.keep(_kind(call, table), graph)
+        return out
+
+    def _give_up(self, model: nn.Module, reason: str) -> None:
+        self._why_not = reason
+        self._arenas.clear()
+        _say(model, reason)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _kind(call: StepCall, table: PagedTable) -> Any:
+    """Calls of one kind run the same graph."""
+    device = call.device.type
+    return (
+        table.width,
+        tuple((name, x.shape, x.dtype) for name, x in call.tensors.items()),
+        tuple(call.constants.items()),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _not_on_pages(cache: Any, table: PagedTable) -> str | None:
+    """Why not all layers of a cache are on the pages of ``table``; None if they are."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not UniqueLayer:
+            return f"layer {i} has a cache of its own kind ({type(layer).__name__})"
+        settled = layer.settled()
+        if settled is None or settled[1] is not table:
+            return f"layer {i} is dense"
+    return None
+
+
+def _mask_agrees(state: CacheState, call: StepCall) -> bool:
+    """Whether the mask of a call is known to hide left padding alone; if not, the step runs as any other, and says."""
+    table = state.table
+    assert table is not None
+    if call.mask is None:
+        return not any(table.padding)
+    if call.mask.shape != (table.batch, table.length + 1):
+        return False
+    return state.agrees(call.mask[:, None, None].bool(), table, 1, table.length + 1, state)
+
+
+def _say(model: nn.Module, reason: str) -> None:
+    """Say why steps run uncaptured, once for a class of models and a reason."""
+    key = (type(model), reason)
+    if key not in _said:
+        _said.add(key)
+        _logger.warning("unique_attn: decode steps of %s run without a CUDA graph: %s", type(model).__name__, reason)

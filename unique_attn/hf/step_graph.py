@@ -1,0 +1,190 @@
+"""One decode step of a model over the pages of an arena, captured in a CUDA graph and checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unique_attn.hf.compat import Cache
+from unique_attn.hf.graph import beside, record
+from unique_attn.hf.hooks import CacheHook
+from unique_attn.hf.static_pages import StepPages
+from unique_attn.hf.unchanged import Behaviour, Unchanged
+from unique_attn.paging import LayerPages, PagedTable
+
+if TYPE_CHECKING:
+    from unique_attn.hf.arena import Arena
+    from unique_attn.hf.captured import StepCall
+
+
+class WrongStepError(RuntimeError):
+    """A step computes something else when it is captured."""
+
+
+class StepGraph:
+    """A step of one kind: static places for its arguments, lengths and block table, and the graph that reads them.
+
+    Made after a step of that kind has run; what it writes to the pages meanwhile is what that step wrote.
+
+    Args:
+        model: in eval mode.
+        forward: of the model's class.
+        cache_name: the argument that is the cache.
+        call: the step that has run.
+        table: of its cache, which has counted the step.
+        arena: where the pages of the cache are.
+
+    Raises:
+        CannotCaptureError: a graph cannot hold the step.
+        WrongStepError: it depends on what the host knows of the length.
+        NotImplementedError: a layer does something with its cache that a step on pages does not offer.
+        torch.OutOfMemoryError: no memory for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        cache_name: str,
+        call: StepCall,
+        table: PagedTable,
+        arena: Arena,
+    ) -> None:
+        device = call.device
+        layers = call.cache.layers
+        self._storages = [layer.settled()[0].storage for layer in layers]
+        config = call.cache.layers[0].config
+        self._pages = StepPages(config, [0] * len(layers), table.batch, table.width, device)
+        for static, storage in zip(self._pages.static_layers, self._storages, strict=True):
+            static.storage = LayerPages(table.pool, storage, config)
+        with torch.inference_mode(False):
+            self._inputs = {name: x.clone() for name, x in call.tensors.items()}
+        self._constants = call.constants
+        self._unchanged, self._behaviour = Unchanged(model), Behaviour(model)
+        self._device = device
+        self._lengths: list[int] | None = None  # that the device has counted to
+        self._layout: object = None  # of the block table on the device
+        self._graph: Any = None
+        self._out = self._capture(model, forward, cache_name, table, arena)
+
+    # ---- Making it. ----
+
+    def _capture(
+        self, model: nn.Module, forward: Callable[..., Any], cache_name: str, table: PagedTable, arena: Arena
+    ) -> Any:
+        def step() -> Any:
+            self._pages.seq_lens.add_(1)
+            return forward(model, **self._inputs, **self._constants, **{cache_name: self._pages})
+
+        def again(host_length: int) -> Any:
+            self._pages.host_length = host_length
+            self._load(table, [n - 1 for n in table.lengths])
+            return step()
+
+        length = table.length - 1
+        if self._device.type != "cuda":
+            self._check_length(again, length)
+            self._step = step
+            return again(length)
+        with beside(self._device):
+            self._check_length(again, length)
+            self._load(table, [n - 1 for n in table.lengths])
+            if arena.memory_pool is None:
+                arena.memory_pool = torch.cuda.graph_pool_handle()
+            self._graph, out = record(step, arena.memory_pool)
+        self._replay()
+        return out
+
+    def _check_length(self, again: Callable[[int], Any], length: int) -> None:
+        """A step must not depend on the length that the host knows, which a graph would never see change."""
+        first, other = (again(n).logits.clone() for n in (length, length // 2))
+        if torch.equal(first, other):
+            return
+        if torch.equal(first, again(length).logits) or not _close(first, other):
+            raise WrongStepError("what it computes depends on the length of the cache as the host knows it")
+
+    def check(self, out: Any) -> None:
+        """Compare what the graph computed when it was made with what the model did in the same step.
+
+        Raises:
+            WrongStepError: they differ.
+        """
+        if not _close(out.logits, self._out.logits):
+            raise WrongStepError("on pages alone it computes something else")
+
+    # ---- Using it. ----
+
+    def fits(self, layers: Sequence[Any]) -> bool:
+        """Whether the graph is still that of the model and of these layers, which are on pages."""
+        pages = [layer.settled()[0].storage for layer in layers]
+        return (
+            len(pages) == len(self._storages)
+            and all(a is b for a, b in zip(pages, self._storages))
+            and self._unchanged.changed() is None
+            and not self._behaviour.changed()
+        )
+
+    def run(self, call: StepCall, table: PagedTable) -> None:
+        """Run the step of ``call``, which ``table`` has counted already."""
+        before = [n - 1 for n in table.lengths]
+        counted, self._lengths = self._lengths, None  # unknown if this fails half-way
+        if counted != before or self._layout is not table.layout:
+            self._load(table, before)
+        for name, value in call.tensors.items():
+            self._inputs[name].copy_(value)
+        self._replay()
+        self._lengths = list(table.lengths)
+
+    def _load(self, table: PagedTable, lengths: list[int]) -> None:
+        pages = self._pages
+        pages.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"), non_blocking=True)
+        if self._layout is not table.layout:
+            pages.block_table.copy_(table.host_table(), non_blocking=True)
+            self._layout = table.layout
+
+    def _replay(self) -> None:
+        if self._graph is not None:
+            with torch.cuda.device(self._device):
+                self._graph.replay()
+        elif hasattr(self, "_step"):
+            self._out = self._step()
+
+    def result(self, cache: Any) -> Any:
+        """What the model returned, in tensors of its own and with the caller's cache."""
+        return _copy(self._out, cache)
+
+
+def _copy(value: Any, cache: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Cache):
+        return cache
+    if isinstance(value, dict):
+        return type(value)(**{name: _copy(each, cache) for name, each in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copy(each, cache) for each in value)
+    return value
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results differ by no more than the order of summation explains."""
+    if torch.equal(a, b):
+        return True
+    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
+
+
+def hook_inside(model: nn.Module) -> str | None:
+    """Which hook would run when a step is captured, and never again; None if there is none."""
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        return "hooks are on all modules"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate's hook is on {name or 'the model'}"
+        others = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, CacheHook)]
+        if module is not model and (module._forward_hooks or others):
+            return f"a hook is on {name}"
+    return None

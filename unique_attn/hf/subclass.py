@@ -1,0 +1,78 @@
+"""The class of an enabled model: its own, whose forward first looks whether a captured step does the call."""
+
+from __future__ import annotations
+
+import weakref
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from unique_attn.hf.captured import CapturedSteps
+from unique_attn.hf.compat import is_traced
+from unique_attn.hf.hooks import attention_modules, hook_of
+
+_STEPS = "_unique_attn_steps"  # attribute of an enabled model; None in a copy that has not been called
+_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def watch_steps(model: nn.Module) -> None:
+    """Have ``model`` run its decode steps from graphs where it can.
+
+    Its class becomes one of the same name below its own: unlike a ``forward`` of the instance, that is right for copies
+    of the model, for replicas and for whoever looks at the signature.
+    """
+    if not isinstance(model, _Watched):
+        model.__class__ = _watched(type(model))
+    vars(model)[_STEPS] = None
+
+
+def unwatch_steps(model: nn.Module) -> None:
+    """Undo :func:`watch_steps`."""
+    vars(model).pop(_STEPS, None)
+    if type(model) in _classes.values():
+        model.__class__ = type(model).__mro__[2]
+
+
+class _Watched:
+    """What the classes of enabled models have in common."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if not isinstance(made, tuple) or cls not in _classes.values():
+            return made
+        return (_new, (cls.__mro__[2],), *made[2:])
+
+
+def _watched(cls: type) -> type:
+    found = _classes.get(cls)
+    if found is not None:
+        return found
+    forward: Any = cls.forward  # type: ignore[attr-defined]
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_traced() and _STEPS in vars(self):
+            steps = vars(self)[_STEPS]
+            if steps is None:
+                steps = vars(self)[_STEPS] = _steps_of(self, forward)
+            out = None if steps is None else steps.run(self, forward, args, kwargs)
+            if out is not None:
+                return out
+        return forward(self, *args, **kwargs)
+
+    names = {"forward": run, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    _classes[cls] = type(cls.__name__, (_Watched, cls), names)
+    return _classes[cls]
+
+
+def _new(cls: type) -> Any:
+    watched = _watched(cls)
+    return watched.__new__(watched)
+
+
+def _steps_of(model: nn.Module, forward: Any) -> CapturedSteps | None:
+    hooks = (hook_of(module) for module in attention_modules(model))
+    hook = next((hook for hook in hooks if hook is not None), None)
+    return None if hook is None else CapturedSteps(hook, forward)
