@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from unique_attn.block_storage import BlockStorage, kind_of
 from unique_attn.config import UniqueConfig
-from unique_attn.paging import SharedPool
+from unique_attn.hf.ring import ring_blocks
+from unique_attn.ops._autocast import autocast_inputs
+from unique_attn.paging import LayerPages, PagedTable, SharedPool
 
 MAX_GRAPHS = 8  # of one arena: the least recently used one goes first
 MAX_IDLE = 2  # arenas that no cache uses
@@ -23,11 +26,14 @@ class Arena:
 
     Attributes:
         storages: of the layers that are on pages, in the order in which they turned to them.
+        rings: of layers with a sliding window, by the number of the layer.
         graphs: captured steps by the facts of a call.
     """
 
     def __init__(self) -> None:
         self.storages: list[BlockStorage] = []
+        self.rings: dict[int, BlockStorage] = {}
+        self.in_ring: dict[int, weakref.ref[Any]] = {}  # the layer whose tokens a ring holds
         self.graphs: OrderedDict[Any, Any] = OrderedDict()
         self.memory_pool: Any = None  # that all graphs allocate from
 
@@ -44,6 +50,18 @@ class Arena:
         self.storages.append(BlockStorage.create(pool.num_blocks, like, pool.block_size, config))
         return self.storages[number]
 
+    def ring(self, number: int, blocks: int, block_size: int, like: Tensor, config: UniqueConfig) -> BlockStorage:
+        """The ring of the layer ``number``, which whoever had it leaves."""
+        layer = self.in_ring.pop(number, lambda: None)()
+        if layer is not None:
+            layer.leave()
+        found = self.rings.get(number)
+        if found is None or found.kind != kind_of(like, block_size, config) or found.capacity < blocks:
+            self.graphs.clear()
+            found = self.rings[number] = BlockStorage.create(blocks, like, block_size, config)
+        found.fit(blocks)
+        return found
+
     def keep(self, key: Any, graph: Any) -> None:
         self.graphs[key] = graph
         while len(self.graphs) > MAX_GRAPHS:
@@ -51,12 +69,13 @@ class Arena:
 
     def trim(self) -> None:
         """Give memory back that is worth it; the graphs stay valid, because the places stay."""
-        num_bytes = sum(each.num_blocks * each.block_bytes for each in self.storages)
+        places = [*self.storages, *self.rings.values()]
+        num_bytes = sum(each.num_blocks * each.block_bytes for each in places)
         device = self.storages[0].k.device if self.storages else None
         if device is None or device.type != "cuda":
             return
         if num_bytes > torch.cuda.get_device_properties(device).total_memory // _IDLE_SHARE:
-            for each in self.storages:
+            for each in places:
                 each.trim()
 
 
@@ -99,6 +118,13 @@ class Lease:
     def storage(self, number: int, pool: SharedPool, like: Tensor, config: UniqueConfig) -> BlockStorage:
         """As :meth:`Arena.storage`."""
         return self.arena.storage(number, pool, like, config)
+
+    def ring(self, number: int, table: PagedTable, stock: Any, config: UniqueConfig) -> LayerPages:
+        """A ring for the tokens of a stock layer with a sliding window."""
+        size = table.pool.block_size
+        (like,) = autocast_inputs(stock.keys[:, :, :0])
+        blocks = table.batch * ring_blocks(stock.sliding_window, size)
+        return LayerPages(table.pool, self.arena.ring(number, blocks, size, like, config), config)
 
     def __del__(self) -> None:
         arenas = getattr(self, "_arenas", None)

@@ -311,9 +311,25 @@ class UniqueLayer(DynamicLayer):
         self._settle()
         return None if self._pages is None else self._paged()
 
+    def enter(self, table: PagedTable) -> bool:
+        """Turn a layer to pages that has a reason to be dense, for steps that read all of them."""
+        keys = self._keys
+        if keys is None or keys.shape != self._values.shape or keys.shape[2] != table.length:  # type: ignore[union-attr]
+            return False
+        step = Step(keys[:, :, :0], keys[:, :, :0], table.length)
+        step.padding = table.padding
+        self._enter_pages(step, autocast_inputs(keys)[0].dtype)
+        return True
+
     def advance(self) -> None:
         """Count a token that a captured step stores; the caller is :meth:`LayerPages.exclusive`."""
         self._make_room(1)
+
+    def take_back(self) -> None:
+        """Undo :meth:`advance`."""
+        self._length -= 1
+        self._paged()[1].truncate(self._version, self._length)
+        self._version += 1
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         """All keys and values, for whoever asks."""
@@ -422,8 +438,7 @@ class UniqueCache(DynamicCache):
     @property
     def unique_config(self) -> UniqueConfig:
         """The settings of this cache."""
-        config: UniqueConfig = vars(self)[_STATE].config
-        return config
+        return config_of(self)
 
     def fork(self) -> UniqueCache:
         """A copy that continues on its own. Blocks of pages are shared until one of the two writes to them.
@@ -455,6 +470,12 @@ def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
 def state_of(cache: Any) -> CacheState | None:
     """What the layers of a cache share, if they are ours."""
     return vars(cache).get(_STATE) if type(cache) in (DynamicCache, UniqueCache) else None
+
+
+def config_of(cache: Any) -> UniqueConfig:
+    """The settings of a cache with layers of ours."""
+    config: UniqueConfig = vars(cache)[_STATE].config
+    return config
 
 
 _STATE = "_unique_attn"  # attribute of a cache with layers of ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class CacheState:
         self.met = False  # an enabled model was given the cache
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
         self.refused = False  # a mask with holes was seen: no pages until reset
+        self._trusted: tuple[weakref.ref[Tensor], list[int]] | None = None  # see trust()
         self._masks = MaskMemo()
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
@@ -40,6 +42,7 @@ class CacheState:
 
     def reset(self) -> None:
         self.table, self.refused, self._masks, self._watched = None, False, MaskMemo(), None
+        self._trusted = None
         self._watches.clear()
 
     def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> list[int] | None:
@@ -77,6 +80,15 @@ class CacheState:
                     f"{'no mask' if mask is None else 'a mask that shows it'}: a cache on pages does not keep padding"
                 )
         return agrees
+
+    def trust(self, mask: Tensor | None) -> None:
+        """``mask`` ``[B, length]`` agrees with the padding of the table."""
+        self._trusted = None if mask is None or self.table is None else (weakref.ref(mask), self.table.padding)
+
+    def trusts(self, mask: Tensor) -> bool:
+        """Whether ``mask`` is known to agree with the padding of the table, which is still the same."""
+        known, table = self._trusted, self.table
+        return known is not None and table is not None and known[0]() is mask and known[1] is table.padding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         state = memo[id(self)] = CacheState(self.config)

@@ -10,20 +10,22 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.arena import Arena, Arenas
-from unique_attn.hf.cache import UniqueLayer, state_of
+from unique_attn.hf.cache import UniqueLayer, config_of, state_of
 from unique_attn.hf.cache_state import CacheState
-from unique_attn.hf.compat import cache_argument
+from unique_attn.hf.compat import DynamicSlidingWindowLayer, cache_argument
 from unique_attn.hf.graph import CannotCaptureError
 from unique_attn.hf.hooks import CacheHook, SelectionRecord, recorders
+from unique_attn.hf.ring import RingLayer, join_ring
 from unique_attn.hf.step_graph import StepGraph, WrongStepError, hook_inside
 from unique_attn.paging import PagedTable
+from unique_attn.rules import MAX_PAGES
 
 DEVICES = ("cuda",)  # types of devices where steps are captured
 _FEW_REPLAYS = 4  # of a graph on average; with fewer, capturing costs more than it saves
@@ -102,13 +104,19 @@ class CapturedSteps:
         if state.table.lease is None or recorders(self._hook, SelectionRecord):
             return None
         call = self._call(kwargs, ids.device)
-        reason = call if isinstance(call, str) else _not_on_pages(cache, state.table)
+        reason = call if isinstance(call, str) else _join(cache, state.table)
         if reason is not None or isinstance(call, str):
             _say(model, reason or "")
             return None
         if not _mask_agrees(state, call):
             return None
         return self._step(model, forward, call, state)
+
+    def extended(self, before: Any, after: Mapping[str, Any]) -> None:
+        """``generate()`` has put ones behind the mask ``before``: it needs no look if that one did not."""
+        state = state_of(after.get(self._cache_name))
+        if state is not None and before is not None and state.trusts(before):
+            state.trust(after.get("attention_mask"))
 
     # ---- What a call asks for. ----
 
@@ -152,8 +160,7 @@ class CapturedSteps:
     def _step(self, model: nn.Module, forward: Callable[..., Any], call: StepCall, state: CacheState) -> Any:
         table = state.table
         assert table is not None
-        first = call.cache.layers[0]
-        pages, _ = first.settled()
+        pages, _ = call.cache.layers[0].settled()
         with pages.exclusive():
             arena: Arena = table.lease.arena
             graph = arena.graphs.get(_kind(call, table))
@@ -168,6 +175,11 @@ class CapturedSteps:
             for layer in call.cache.layers:
                 layer.advance()
             graph.run(call, table)
+            if graph.is_outdated():
+                for layer in call.cache.layers:
+                    layer.take_back()
+                arena.graphs.clear()
+                return self._first(model, forward, call, state, arena)
             return graph.result(call.cache)
 
     def _first(
@@ -181,7 +193,7 @@ class CapturedSteps:
         arguments = {**call.tensors, **call.constants, self._cache_name: call.cache, "attention_mask": call.mask}
         out = forward(model, **{name: value for name, value in arguments.items() if value is not None})
         table = state.table
-        reason = None if table is None else _not_on_pages(call.cache, table)
+        reason = None if table is None else _join(call.cache, table)
         hook = hook_inside(model)
         if table is None or reason is not None or hook is not None:
             if hook is not None:
@@ -229,14 +241,28 @@ def _kind(call: StepCall, table: PagedTable) -> Any:
     )
 
 
-def _not_on_pages(cache: Any, table: PagedTable) -> str | None:
-    """Why not all layers of a cache are on the pages of ``table``; None if they are."""
+def _join(cache: Any, table: PagedTable) -> str | None:
+    """Have all layers of a cache where captured steps read them; why that cannot be, or None."""
+    config = config_of(cache)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is not UniqueLayer:
+        if type(layer) in (UniqueLayer, RingLayer):
+            settled = layer.settled()
+            if settled is not None and settled[1] is table:
+                continue
+        if type(layer) is UniqueLayer:
+            if settled is not None or i not in config.dense_layers:
+                return f"layer {i} is dense"
+            if table.width * config.block_size > MAX_PAGES * config.page_size:
+                return f"layer {i} is dense, and its pages are more than {MAX_PAGES}"
+            if not layer.enter(table):
+                return f"layer {i} holds other tokens than the others"
+        elif type(layer) in (DynamicSlidingWindowLayer, RingLayer):
+            ring = join_ring(layer, i, table, config)
+            if isinstance(ring, str):
+                return f"layer {i} has a sliding window, and {ring}"
+            cache.layers[i] = ring
+        else:
             return f"layer {i} has a cache of its own kind ({type(layer).__name__})"
-        settled = layer.settled()
-        if settled is None or settled[1] is not table:
-            return f"layer {i} is dense"
     return None
 
 
@@ -246,9 +272,13 @@ def _mask_agrees(state: CacheState, call: StepCall) -> bool:
     assert table is not None
     if call.mask is None:
         return not any(table.padding)
+    if state.trusts(call.mask):
+        return True
     if call.mask.shape != (table.batch, table.length + 1):
         return False
-    return state.agrees(call.mask[:, None, None].bool(), table, 1, table.length + 1, state)
+    agrees = state.agrees(call.mask[:, None, None].bool(), table, 1, table.length + 1, state)
+    state.trust(call.mask if agrees else None)
+    return agrees
 
 
 def _say(model: nn.Module, reason: str) -> None:

@@ -33,6 +33,7 @@ class StaticLayer(CacheLayerMixin):
         self.window = window
         self.user: weakref.ref[nn.Module] | None = None
         self.storage: LayerPages | None = None  # since the first prefill
+        self.block_table: Tensor | None = None  # where it is not that of all layers
         self._pages = weakref.proxy(pages)
 
     # ---- What transformers sees. ----
@@ -82,7 +83,8 @@ class StaticLayer(CacheLayerMixin):
         pages = self._pages
         q, k, v = (x.transpose(1, 2) for x in autocast_inputs(query, step.k, step.v))
         num_pages = pages.num_pages(self.layer_idx)
-        return self.storage.step((q, k, v), pages.block_table, pages.seq_lens, num_pages, scale, self.window)
+        table = pages.block_table if self.block_table is None else self.block_table
+        return self.storage.step((q, k, v), table, pages.seq_lens, num_pages, scale, self.window)
 
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """Dense attention in a step: there is none here."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unique_attn.hf.cache import config_of
 from unique_attn.hf.compat import Cache
 from unique_attn.hf.graph import beside, record
 from unique_attn.hf.hooks import CacheHook
+from unique_attn.hf.ring import RingLayer, ring_blocks, ring_table
 from unique_attn.hf.static_pages import StepPages
 from unique_attn.hf.unchanged import Behaviour, Unchanged
 from unique_attn.paging import LayerPages, PagedTable
@@ -56,10 +58,14 @@ class StepGraph:
         device = call.device
         layers = call.cache.layers
         self._storages = [layer.settled()[0].storage for layer in layers]
-        config = call.cache.layers[0].config
-        self._pages = StepPages(config, [0] * len(layers), table.batch, table.width, device)
+        config = config_of(call.cache)
+        windows = [layer.sliding_window if isinstance(layer, RingLayer) else 0 for layer in layers]
+        self._pages = StepPages(config, windows, table.batch, table.width, device)
         for static, storage in zip(self._pages.static_layers, self._storages, strict=True):
             static.storage = LayerPages(table.pool, storage, config)
+            if static.window:
+                blocks = ring_blocks(static.window, config.block_size)
+                static.block_table = ring_table(table.batch, table.width, blocks, device)
         with torch.inference_mode(False):
             self._inputs = {name: x.clone() for name, x in call.tensors.items()}
         self._constants = call.constants
@@ -118,14 +124,17 @@ class StepGraph:
     # ---- Using it. ----
 
     def fits(self, layers: Sequence[Any]) -> bool:
-        """Whether the graph is still that of the model and of these layers, which are on pages."""
+        """Whether the model's weights and the pages of these layers are where the graph reads them."""
         pages = [layer.settled()[0].storage for layer in layers]
         return (
             len(pages) == len(self._storages)
             and all(a is b for a, b in zip(pages, self._storages))
             and self._unchanged.changed() is None
-            and not self._behaviour.changed()
         )
+
+    def is_outdated(self) -> bool:
+        """Whether the model's modules are set to something else by now. To be asked while the device is busy."""
+        return self._behaviour.changed()
 
     def run(self, call: StepCall, table: PagedTable) -> None:
         """Run the step of ``call``, which ``table`` has counted already."""

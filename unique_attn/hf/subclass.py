@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from unique_attn.hf.captured import CapturedSteps
-from unique_attn.hf.compat import is_traced
+from unique_attn.hf.compat import GenerationMixin, is_traced
 from unique_attn.hf.hooks import attention_modules, hook_of
 
 _STEPS = "_unique_attn_steps"  # attribute of an enabled model; None in a copy that has not been called
+_EXTENDS = "_update_model_kwargs_for_generation"  # the method of transformers that puts ones behind the mask
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -62,7 +63,23 @@ def _watched(cls: type) -> type:
                 return out
         return forward(self, *args, **kwargs)
 
-    names = {"forward": run, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    def extend(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        before = model_kwargs.get("attention_mask")
+        made = extended(self, outputs, model_kwargs, *args, **kwargs)
+        steps = vars(self).get(_STEPS)
+        if steps is not None:
+            steps.extended(before, made)
+        return made
+
+    names: dict[str, Any] = {
+        "forward": run,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    extended: Any = getattr(cls, _EXTENDS, None)
+    if extended is not None and extended is getattr(GenerationMixin, _EXTENDS, None):
+        names[_EXTENDS] = wraps(extended)(extend)
     _classes[cls] = type(cls.__name__, (_Watched, cls), names)
     return _classes[cls]
 

@@ -25,7 +25,9 @@ class Unchanged:
         self._places = _Contents(places)
         self._empty = [each._parameters for each in modules if not each._parameters]
         self._weights = [
-            tensor for each in modules for tensor in (*each._parameters.values(), *each._buffers.values())
+            tensor
+            for each in modules
+            for tensor in (*each._parameters.values(), *each._buffers.values())
             if tensor is not None
         ]
         self._pointers = [tensor.data_ptr() for tensor in self._weights]
@@ -75,34 +77,47 @@ class Behaviour:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._attributes = _Contents([vars(each) for each in modules])
-        inside = [value for each in modules for value in vars(each).values() if isinstance(value, (dict, list))]
-        weights = {id(place) for each in modules for place in (each._modules, each._parameters, each._buffers)}
-        inside = [value for value in inside if id(value) not in weights]
-        self._dicts = _Contents([value for value in inside if isinstance(value, dict)])
-        self._lists = [(value, list(value)) for value in inside if isinstance(value, list)]
-        configs = {id(config): vars(config) for each in modules if (config := getattr(each, "config", None)) is not None}
-        self._configs = _Contents([values for values in configs.values()])
+        configs = {
+            id(config): vars(config) for each in modules if (config := getattr(each, "config", None)) is not None
+        }
+        own = [value for each in modules for name, value in vars(each).items() if name not in _OF_ANY_MODULE]
+        dicts = [value for value in own if isinstance(value, dict)]
+        hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._contents = _Contents([*map(vars, modules), *configs.values(), *dicts, *filter(None, hooks)])
+        self._without_hooks = [each for each in hooks if not each]
+        self._lists = [(value, list(value)) for value in own if isinstance(value, list)]
 
     def changed(self) -> bool:
         """Whether something did. Takes a tenth of a millisecond for a few hundred modules."""
-        if any(each.changed() is not None for each in (self._attributes, self._dicts, self._configs)):
+        if any(self._without_hooks) or self._contents.changed() is not None:
             return True
         return not all(_equal(now, before) for now, before in self._lists)
+
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 class _Contents:
     """Dictionaries and what they held."""
 
     def __init__(self, places: Sequence[dict[str, Any]]) -> None:
-        self._places = [(place, list(place), list(place.values())) for place in places]
+        self._places = places
+        self._names = [list(place) for place in places]
+        self._values = self._now()
 
     def changed(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The first dictionary that does not hold the same any more, as it is and as it was."""
-        for place, names, values in self._places:
-            if not _equal(list(place.values()), values):
-                return place, dict(zip(names, values))
-        return None
+        if _equal(self._now(), self._values):
+            return None
+        values = iter(self._values)
+        for place, names in zip(self._places, self._names):
+            before = dict(zip(names, values))
+            if not _equal(list(place.values()), list(before.values())):
+                return place, before
+        return {}, {}
+
+    def _now(self) -> list[Any]:
+        return [value for place in self._places for value in place.values()]
 
 
 def _equal(now: list[Any], before: list[Any]) -> bool:
