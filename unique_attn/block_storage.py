@@ -15,7 +15,7 @@ Kind = tuple[Any, ...]  # what storages must have in common to take each other's
 
 
 class BlockStorage:
-    """``k``, ``v`` ``[capacity, H, block_size, D]`` and ``index``, of which the first :attr:`num_blocks` may be used."""
+    """``k``, ``v`` ``[capacity, H, block_size, D]`` and ``index``; the first :attr:`num_blocks` blocks may be used."""
 
     def __init__(self, k: GrowingTensor, v: GrowingTensor, index: GrowingTensor, kind: Kind | None = None) -> None:
         self._k, self._v, self._index = k, v, index
@@ -44,7 +44,8 @@ class BlockStorage:
         """Keys and values ``[num_blocks, H, block_size, D]`` that are in blocks already, and an index, not yet made."""
         with torch.inference_mode(False):  # the index may outlive the inference mode it began in
             index = _index_of(k, config)
-        return cls(*(GrowingTensor.around(each) for each in (k, v, index)))
+        around = GrowingTensor.around
+        return cls(around(k), around(v), around(index))
 
     @property
     def k(self) -> Tensor:

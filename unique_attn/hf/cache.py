@@ -50,6 +50,7 @@ class UniqueLayer(DynamicLayer):
         self._version = 0  # operations of the table that this layer has done
         self._length = 0  # tokens of a row, padding included
         self._dtypes = (torch.float32, torch.float32)  # of keys and values; pages hold autocast's
+        self._listed = False  # on pages for captured steps alone: the other layers stay if this one leaves
         self._given: tuple[Tensor, Tensor, tuple[int, int]] | None = None  # last read from pages, and their versions
         self._step: Step | None = None  # handed over, and neither stored nor attended to yet
         super().__init__()
@@ -319,6 +320,7 @@ class UniqueLayer(DynamicLayer):
         step = Step(keys[:, :, :0], keys[:, :, :0], table.length)
         step.padding = table.padding
         self._enter_pages(step, autocast_inputs(keys)[0].dtype)
+        self._listed = True
         return True
 
     def advance(self) -> None:
@@ -374,7 +376,11 @@ class UniqueLayer(DynamicLayer):
             self._settle()
         if self._pages is not None:
             keys, values = self._contents()
-            self._pages = self._table = self.state.table = None
+            if self._listed:
+                self._table.storages.remove(self._pages)  # type: ignore[union-attr]
+            else:
+                self.state.table = None
+            self._pages = self._table = None
             self._keys, self._values = keys, values
 
     def _select(self, rows: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unique_attn.hf.arena import Arena, Arenas
 from unique_attn.hf.cache import UniqueLayer, config_of, state_of
 from unique_attn.hf.cache_state import CacheState
-from unique_attn.hf.compat import DynamicSlidingWindowLayer, cache_argument
+from unique_attn.hf.compat import DynamicSlidingWindowLayer
 from unique_attn.hf.graph import CannotCaptureError
 from unique_attn.hf.hooks import CacheHook, SelectionRecord, recorders
 from unique_attn.hf.ring import RingLayer, join_ring
@@ -38,12 +38,14 @@ class StepCall(NamedTuple):
     """A call of a model's forward for one token of every row.
 
     Attributes:
+        cache_name: the argument that is the cache.
         cache: the cache among its arguments.
         mask: ``attention_mask``, or None.
         tensors: the other tensors, by their names.
         constants: everything else that is not None.
     """
 
+    cache_name: str
     cache: Any
     mask: Tensor | None
     tensors: dict[str, Tensor]
@@ -70,7 +72,6 @@ class CapturedSteps:
         self._hook = hook
         self._names = list(inspect.signature(forward).parameters)[1:]
         self._model: weakref.ref[nn.Module] | None = None
-        self._cache_name = "past_key_values"
         self._arenas = Arenas()
         self._why_not: str | None = None  # no step of this model is captured any more
         self._captures = self._replays = 0
@@ -86,8 +87,8 @@ class CapturedSteps:
         if torch.is_grad_enabled() or model.training or self._why_not is not None or not self._is_mine(model):
             return None
         kwargs = {**dict(zip(self._names, args)), **kwargs}
-        cache = kwargs.get(self._cache_name)
-        state = state_of(cache)
+        name = next((name for name, value in kwargs.items() if state_of(value) is not None), "")
+        state = state_of(kwargs.get(name))
         ids = kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if state is None or not isinstance(ids, Tensor) or ids.device.type not in DEVICES or ids.dim() < 2:
@@ -103,10 +104,9 @@ class CapturedSteps:
             return None
         if state.table.lease is None or recorders(self._hook, SelectionRecord):
             return None
-        call = self._call(kwargs, ids.device)
-        reason = call if isinstance(call, str) else _join(cache, state.table)
-        if reason is not None or isinstance(call, str):
-            _say(model, reason or "")
+        call = _call(kwargs, name, ids.device)
+        if isinstance(call, str):
+            _say(model, call)
             return None
         if not _mask_agrees(state, call):
             return None
@@ -114,7 +114,7 @@ class CapturedSteps:
 
     def extended(self, before: Any, after: Mapping[str, Any]) -> None:
         """``generate()`` has put ones behind the mask ``before``: it needs no look if that one did not."""
-        state = state_of(after.get(self._cache_name))
+        state = next((state for value in after.values() if (state := state_of(value)) is not None), None)
         if state is not None and before is not None and state.trusts(before):
             state.trust(after.get("attention_mask"))
 
@@ -123,53 +123,27 @@ class CapturedSteps:
     def _is_mine(self, model: nn.Module) -> bool:
         if self._model is None:
             self._model = weakref.ref(model)
-            self._cache_name = cache_argument(model) or self._cache_name
         return self._model() is model  # replicas of nn.DataParallel share what the model keeps
-
-    def _call(self, kwargs: dict[str, Any], device: torch.device) -> StepCall | str:
-        """The call with these arguments, or why it is not one to be captured."""
-        tensors: dict[str, Tensor] = {}
-        constants: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if value is None or name in (self._cache_name, "attention_mask"):
-                continue
-            if isinstance(value, Tensor):
-                if value.device != device:
-                    return f"{name} is on another device"
-                tensors[name] = value
-            elif isinstance(value, (bool, int, float, str)):
-                constants[name] = value
-            else:
-                return f"it is given {name}, a {type(value).__name__}"
-        if "position_ids" not in tensors:
-            return "it is not told position_ids"
-        for name in ("labels", "output_attentions"):
-            if name in tensors or constants.get(name):
-                return f"it is given {name}"
-        if constants.get("use_cache") is False:
-            return "use_cache is False"
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device != device):
-            return "its attention_mask is not [B, length]"
-        if torch._C._len_torch_dispatch_stack() > 0:
-            return "a dispatch mode is on"
-        return StepCall(kwargs[self._cache_name], mask, tensors, constants)
 
     # ---- A step. ----
 
     def _step(self, model: nn.Module, forward: Callable[..., Any], call: StepCall, state: CacheState) -> Any:
         table = state.table
         assert table is not None
-        pages, _ = call.cache.layers[0].settled()
-        with pages.exclusive():
+        with table.storages[0].exclusive():
             arena: Arena = table.lease.arena
-            graph = arena.graphs.get(_kind(call, table))
-            if graph is not None and not graph.fits(call.cache.layers):
-                arena.graphs.clear()
-                graph = None
+            kind = _kind(call, table)
+            graph = arena.graphs.get(kind)
             if graph is None:
                 return self._first(model, forward, call, state, arena)
-            arena.graphs.move_to_end(_kind(call, table))
+            reason = _join(call.cache, table)
+            if reason is not None:
+                _say(model, reason)
+                return None
+            if not graph.fits(call.cache.layers):
+                arena.graphs.clear()
+                return self._first(model, forward, call, state, arena)
+            arena.graphs.move_to_end(kind)
             self._replays += 1
             table.advanced_elsewhere()
             for layer in call.cache.layers:
@@ -190,18 +164,18 @@ class CapturedSteps:
             self._why_not = "its steps differ too often for graphs to pay"
             _say(model, self._why_not)
             return None
-        arguments = {**call.tensors, **call.constants, self._cache_name: call.cache, "attention_mask": call.mask}
+        arguments = {**call.tensors, **call.constants, call.cache_name: call.cache, "attention_mask": call.mask}
         out = forward(model, **{name: value for name, value in arguments.items() if value is not None})
         table = state.table
-        reason = None if table is None else _join(call.cache, table)
-        hook = hook_inside(model)
-        if table is None or reason is not None or hook is not None:
-            if hook is not None:
-                _say(model, hook)
+        if table is None or table.lease is None or table.lease.arena is not arena:
+            return out
+        reason = hook_inside(model) or _join(call.cache, table)
+        if reason is not None:
+            _say(model, reason)
             return out
         self._captures += 1
         try:
-            graph = StepGraph(model, forward, self._cache_name, call, table, arena)
+            graph = StepGraph(model, forward, call, table, arena)
             graph.check(out)
         except torch.OutOfMemoryError as error:
             self._give_up(model, f"there was no memory for a graph ({str(error).splitlines()[0]})")
@@ -223,6 +197,36 @@ class CapturedSteps:
         _say(model, reason)
 
 
+def _call(kwargs: dict[str, Any], cache_name: str, device: torch.device) -> StepCall | str:
+    """The call with these arguments, or why it is not one to be captured."""
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if value is None or name in (cache_name, "attention_mask"):
+            continue
+        if isinstance(value, Tensor):
+            if value.device != device:
+                return f"{name} is on another device"
+            tensors[name] = value
+        elif isinstance(value, (bool, int, float, str)):
+            constants[name] = value
+        else:
+            return f"it is given {name}, a {type(value).__name__}"
+    if "position_ids" not in tensors:
+        return "it is not told position_ids"
+    for name in ("labels", "output_attentions"):
+        if name in tensors or constants.get(name):
+            return f"it is given {name}"
+    if constants.get("use_cache") is False:
+        return "use_cache is False"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device != device):
+        return "its attention_mask is not [B, length]"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode is on"
+    return StepCall(cache_name, kwargs[cache_name], mask, tensors, constants)
+
+
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -233,7 +237,7 @@ def _kind(call: StepCall, table: PagedTable) -> Any:
     return (
         table.width,
         tuple((name, x.shape, x.dtype) for name, x in call.tensors.items()),
-        tuple(call.constants.items()),
+        (call.cache_name, *call.constants.items()),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.is_inference_mode_enabled(),
         torch.get_float32_matmul_precision(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -43,11 +43,12 @@ def record(run: Callable[[], T], pool: Any = None) -> tuple[Any, T]:
     collecting = gc.isenabled()
     gc.disable()  # what it frees may need calls that are not allowed meanwhile
     try:
-        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+        graph.capture_begin(torch.cuda.graph_pool_handle() if pool is None else pool, "thread_local")
         try:
             made = run()
         except BaseException:
-            _end_of_failed(graph)
+            with suppress(RuntimeError):  # which says again that the capture failed
+                graph.capture_end()
             raise
         graph.capture_end()
     except torch.OutOfMemoryError:
@@ -58,13 +59,6 @@ def record(run: Callable[[], T], pool: Any = None) -> tuple[Any, T]:
         if collecting:
             gc.enable()
     return graph, made
-
-
-def _end_of_failed(graph: Any) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        pass  # says again that the capture failed
 
 
 def _first(error: BaseException) -> BaseException:

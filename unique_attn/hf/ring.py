@@ -1,9 +1,8 @@
-"""A sliding-window layer of a cache whose tokens are in a ring of blocks: what captured steps write to and read from."""
+"""A sliding-window layer of a cache whose tokens are in a ring of blocks, which captured steps write to and read."""
 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from typing import Any
 
@@ -39,17 +38,20 @@ class RingLayer(DynamicSlidingWindowLayer):
 
     pages: LayerPages | None
     table: PagedTable
+    user: weakref.ref[Any] | None
+    _lock: Any
+    _keys: Tensor | None
+    _values: Tensor | None
+    _dtype: torch.dtype
 
     @classmethod
-    def enter(
-        cls, stock: DynamicSlidingWindowLayer, pages: LayerPages, table: PagedTable, lock: threading.RLock
-    ) -> RingLayer:
+    def enter(cls, stock: DynamicSlidingWindowLayer, pages: LayerPages, table: PagedTable, lock: Any) -> RingLayer:
         """A layer with the contents of ``stock``, written into the ring of ``pages``."""
         layer = cls.__new__(cls)
         for name, value in vars(stock).items():
             layer.__dict__["_" + name if name in ("keys", "values") else name] = value
         layer.pages, layer.table, layer._lock = pages, table, lock
-        layer.user: weakref.ref[Any] | None = None
+        layer.user = None
         layer._write()
         return layer
 
@@ -137,6 +139,8 @@ class RingLayer(DynamicSlidingWindowLayer):
     def _write(self) -> None:
         pages, keys, values = self.pages, self._keys, self._values
         assert pages is not None
+        assert keys is not None
+        assert values is not None
         self._dtype = keys.dtype
         slots = self._slots()[:, -keys.shape[2] :]
         for row in range(keys.shape[0]):  # row by row: views of keys and values, where all at once would copy them

@@ -34,7 +34,6 @@ class StepGraph:
     Args:
         model: in eval mode.
         forward: of the model's class.
-        cache_name: the argument that is the cache.
         call: the step that has run.
         table: of its cache, which has counted the step.
         arena: where the pages of the cache are.
@@ -50,7 +49,6 @@ class StepGraph:
         self,
         model: nn.Module,
         forward: Callable[..., Any],
-        cache_name: str,
         call: StepCall,
         table: PagedTable,
         arena: Arena,
@@ -74,7 +72,7 @@ class StepGraph:
         self._lengths: list[int] | None = None  # that the device has counted to
         self._layout: object = None  # of the block table on the device
         self._graph: Any = None
-        self._out = self._capture(model, forward, cache_name, table, arena)
+        self._out = self._capture(model, forward, call.cache_name, table, arena)
 
     # ---- Making it. ----
 

@@ -46,11 +46,11 @@ class _Watched:
         return (_new, (cls.__mro__[2],), *made[2:])
 
 
-def _watched(cls: type) -> type:
+def _watched(cls: Any) -> Any:
     found = _classes.get(cls)
     if found is not None:
         return found
-    forward: Any = cls.forward  # type: ignore[attr-defined]
+    forward: Any = cls.forward
 
     @wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,8 +78,8 @@ def _watched(cls: type) -> type:
         "__doc__": cls.__doc__,
     }
     extended: Any = getattr(cls, _EXTENDS, None)
-    if extended is not None and extended is getattr(GenerationMixin, _EXTENDS, None):
-        names[_EXTENDS] = wraps(extended)(extend)
+    if callable(extended) and extended is getattr(GenerationMixin, _EXTENDS, None):
+        names[_EXTENDS] = extend
     _classes[cls] = type(cls.__name__, (_Watched, cls), names)
     return _classes[cls]
 

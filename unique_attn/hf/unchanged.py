@@ -82,8 +82,10 @@ class Behaviour:
         }
         own = [value for each in modules for name, value in vars(each).items() if name not in _OF_ANY_MODULE]
         dicts = [value for value in own if isinstance(value, dict)]
-        hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._contents = _Contents([*map(vars, modules), *configs.values(), *dicts, *filter(None, hooks)])
+        hooks: list[dict[Any, Any]] = [
+            hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
+        self._contents = _Contents([*map(vars, modules), *configs.values(), *dicts, *(each for each in hooks if each)])
         self._without_hooks = [each for each in hooks if not each]
         self._lists = [(value, list(value)) for value in own if isinstance(value, list)]
 
