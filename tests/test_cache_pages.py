@@ -116,3 +116,26 @@ def test_unsupported_shapes():
     assert "4 query heads do not share 3" in unsupported(q, torch.randn(1, 3, 3, 16), torch.randn(1, 3, 3, 16))
     assert "torch.int8" in unsupported(q, k.to(torch.int8), k.to(torch.int8))
     assert "meta" in unsupported(q.to("meta"), k.to("meta"), k.to("meta"))
+
+
+def test_blocks_come_ahead_a_few_layers_at_a_time():
+    cache = paged_cache(batch=1, length=20)
+    table = cache.layers[0]._table
+    pool, storages = table.pool, [layer._pages.storage for layer in cache.layers]
+    table.grow_ahead()
+    before = pool.num_blocks
+    assert all(each.num_blocks == before for each in storages)  # there is room enough
+    while pool.num_free >= 2:
+        feed(cache, 1, 1)
+    grown = []
+    for _ in range(20):
+        table.grow_ahead()
+        grown.append([each.num_blocks for each in storages])
+        if pool.num_blocks > before:
+            break
+    assert all(sum(b > a for a, b in zip(x, y)) <= 2 for x, y in zip(grown, grown[1:]))
+    assert all(each.num_blocks >= pool.num_blocks > before for each in storages)
+    place = storages[0].k.data_ptr()
+    feed(cache, 1, 30)
+    assert storages[0].k.data_ptr() == place
+    assert all(index_is_exact(layer) is None for layer in cache.layers)

@@ -97,6 +97,7 @@ class PagedTable:
         self.padding = padding  # left padding of each row
         self.version = 0
         self.last: Change | None = None  # what led to this version
+        self._ahead = 0  # blocks for which memory is being made
         self.layout = object()  # another one whenever a row gets other blocks
         self.lease: Any = None  # what lends the storage, if something does: kept as long as the table and its forks
         self._devices: dict[torch.device, _DeviceTables] = {}
@@ -150,18 +151,18 @@ class PagedTable:
             raise OutOfStepError(f"{name}: this layer is at operation {version}, its cache at {self.version}")
 
     def _append(self, num_tokens: int) -> None:
-        counts = [num_tokens] * self.batch
+        counts, blocks = [num_tokens] * self.batch, self.pool.num_blocks
         try:
             copies = self.pool.append_many(self.seqs, counts)
         except PoolFullError as full:
             have = self.pool.num_blocks
-            spare = max(have // 16, self.batch * SPARE_TOKENS // self.pool.block_size)
-            self.pool.grow(have + max(full.needed - full.free, spare))
+            self.pool.grow(have + max(full.needed - full.free, self._spare_blocks()))
             copies = self.pool.append_many(self.seqs, counts)
         # In every layer now: what is to be copied stays as it is only until another sequence goes on.
-        for storage in self.storages:
-            storage.fit()
-            storage.copy_blocks(copies)
+        if copies or self.pool.num_blocks != blocks:
+            for storage in self.storages:
+                storage.fit()
+                storage.copy_blocks(copies)
         size = self.pool.block_size
         new_blocks = copies or any(-(-n // size) != -(-(n + num_tokens) // size) for n in self.lengths)
         self.lengths = [n + num_tokens for n in self.lengths]
@@ -173,6 +174,27 @@ class PagedTable:
                 tables.block_table = None
             if tables.seq_lens is not None:  # advance on the device: nothing is uploaded in most steps
                 tables.seq_lens = tables.seq_lens + num_tokens
+
+    def grow_ahead(self) -> None:
+        """Have memory for blocks to come, a few layers at each call, so that no step has to grow them all.
+
+        To be called while the device is busy.
+        """
+        pool = self.pool
+        if self._ahead <= pool.num_blocks:
+            if pool.num_free >= 2 * self.batch:
+                return
+            self._ahead = pool.num_blocks + self._spare_blocks()
+        behind = [each.storage for each in self.storages if each.storage.num_blocks < self._ahead]
+        a_few = -(-len(self.storages) * 2 // pool.block_size)  # done before the blocks that there are have been filled
+        for storage in behind[:a_few]:
+            if self._ahead <= storage.capacity:
+                storage.fit(self._ahead)
+        if len(behind) <= a_few:
+            pool.grow(self._ahead)
+
+    def _spare_blocks(self) -> int:
+        return max(self.pool.num_blocks // 16, self.batch * SPARE_TOKENS // self.pool.block_size, 1)
 
     def _truncate(self, length: int) -> None:
         self.padding = [min(pad, length) for pad in self.padding]

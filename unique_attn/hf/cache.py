@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unique_attn.block_storage import BlockStorage
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicCache, DynamicLayer, cropped_length, is_traced, warn_once
@@ -294,15 +295,11 @@ class UniqueLayer(DynamicLayer):
 
     def _append(self, step: Step) -> tuple[LayerPages, PagedTable]:
         """Make room for the tokens of a step, which is settled thereby."""
-        self._step = None
-        return self._make_room(step.num_tokens)
-
-    def _make_room(self, num_tokens: int) -> tuple[LayerPages, PagedTable]:
         pages, table = self._paged()
-        table.append(self._version, num_tokens)
+        table.append(self._version, step.num_tokens)
         pages.fit()
         self._version += 1
-        self._length += num_tokens
+        self._length, self._step = step.length, None
         return pages, table
 
     # ---- Steps that go past the layers. ----
@@ -323,15 +320,27 @@ class UniqueLayer(DynamicLayer):
         self._listed = True
         return True
 
+    def is_at(self, table: PagedTable, storage: BlockStorage) -> bool:
+        """Whether the layer is on pages of ``table`` in ``storage``, with all that was handed over."""
+        pages = self._pages
+        return (
+            pages is not None
+            and pages.storage is storage
+            and self._table is table
+            and self._version == table.version
+            and self._step is None
+            and self._given is None
+        )
+
     def advance(self) -> None:
-        """Count a token that a captured step stores; the caller is :meth:`LayerPages.exclusive`."""
-        self._make_room(1)
+        """Count a token that a captured step stores, which the table has counted."""
+        self._version += 1
+        self._length += 1
 
     def take_back(self) -> None:
-        """Undo :meth:`advance`."""
-        self._length -= 1
-        self._paged()[1].truncate(self._version, self._length)
+        """Undo :meth:`advance`, which the table has done."""
         self._version += 1
+        self._length -= 1
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         """All keys and values, for whoever asks."""

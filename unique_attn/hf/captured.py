@@ -136,21 +136,27 @@ class CapturedSteps:
             graph = arena.graphs.get(kind)
             if graph is None:
                 return self._first(model, forward, call, state, arena)
-            reason = _join(call.cache, table)
-            if reason is not None:
-                _say(model, reason)
-                return None
-            if not graph.fits(call.cache.layers):
+            layers = call.cache.layers
+            if not graph.is_at(layers, table):
+                reason = _join(call.cache, table)
+                if reason is not None:
+                    _say(model, reason)
+                    return None
+            if not graph.is_at(layers, table) or not graph.finds_weights():
                 arena.graphs.clear()
                 return self._first(model, forward, call, state, arena)
             arena.graphs.move_to_end(kind)
             self._replays += 1
             table.advanced_elsewhere()
-            for layer in call.cache.layers:
+            table.append(table.version, 1)
+            for layer in layers:
                 layer.advance()
             graph.run(call, table)
+            # What the device need not wait for.
+            table.grow_ahead()
             if graph.is_outdated():
-                for layer in call.cache.layers:
+                table.truncate(table.version, table.length - 1)
+                for layer in layers:
                     layer.take_back()
                 arena.graphs.clear()
                 return self._first(model, forward, call, state, arena)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.cache import adopt
+from unique_attn.hf.cache import adopt, state_of
 from unique_attn.hf.compat import Cache, PreTrainedModel, is_traced
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class CacheHook:
             return
         for given in (*args, *kwargs.values()):
             if isinstance(given, Cache):
+                state = state_of(given)
+                if state is not None and state.met:
+                    continue
                 config = language_config(module)
                 if config is None or config._attn_implementation == IMPLEMENTATION:
                     adopt(given, self.config, empty=self.outermost)

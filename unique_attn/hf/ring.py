@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unique_attn import ops
+from unique_attn.block_storage import BlockStorage
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.compat import DynamicSlidingWindowLayer
 from unique_attn.paging import LayerPages, PagedTable
@@ -111,6 +112,10 @@ class RingLayer(DynamicSlidingWindowLayer):
     def settled(self) -> tuple[LayerPages, PagedTable] | None:
         """Pages and table, or None if the ring was left."""
         return None if self.pages is None else (self.pages, self.table)
+
+    def is_at(self, table: PagedTable, storage: BlockStorage) -> bool:
+        """Whether the layer is in the ring of ``storage`` and belongs to ``table``."""
+        return self.pages is not None and self.pages.storage is storage and self.table is table
 
     def advance(self) -> None:
         """Count a token that a captured step stores."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unique_attn.hf.cache import config_of
+from unique_attn.hf.cache import UniqueLayer, config_of
 from unique_attn.hf.compat import Cache
 from unique_attn.hf.graph import beside, record
 from unique_attn.hf.hooks import CacheHook
@@ -121,18 +121,20 @@ class StepGraph:
 
     # ---- Using it. ----
 
-    def fits(self, layers: Sequence[Any]) -> bool:
-        """Whether the model's weights and the pages of these layers are where the graph reads them."""
-        pages = [layer.settled()[0].storage for layer in layers]
-        return (
-            len(pages) == len(self._storages)
-            and all(a is b for a, b in zip(pages, self._storages))
-            and self._unchanged.changed() is None
+    def is_at(self, layers: Sequence[Any], table: PagedTable) -> bool:
+        """Whether the tokens of these layers are where the graph reads and writes them."""
+        return len(layers) == len(self._storages) and all(
+            type(layer) in (UniqueLayer, RingLayer) and layer.is_at(table, storage)
+            for layer, storage in zip(layers, self._storages)
         )
 
+    def finds_weights(self) -> bool:
+        """Whether the weights are where the graph reads them."""
+        return self._unchanged.finds_weights()
+
     def is_outdated(self) -> bool:
-        """Whether the model's modules are set to something else by now. To be asked while the device is busy."""
-        return self._behaviour.changed()
+        """Whether the model is made of something else by now, or set to something else. It takes a while to tell."""
+        return self._unchanged.changed() is not None or self._behaviour.changed()
 
     def run(self, call: StepCall, table: PagedTable) -> None:
         """Run the step of ``call``, which ``table`` has counted already."""

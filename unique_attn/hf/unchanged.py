@@ -47,11 +47,13 @@ class Unchanged:
             return f"model: expected what it was made of {{then}}, but {name} is another one"
         if any(self._empty):
             return "model: expected what it was made of {then}, but a module has a new parameter"
-        if [tensor.data_ptr() for tensor in self._weights] != self._pointers or (
-            [tensor.dtype for tensor in self._weights] != self._dtypes
-        ):
+        if not self.finds_weights() or [tensor.dtype for tensor in self._weights] != self._dtypes:
             return "model: expected its weights where they were {then}, but some were moved or cast"
         return None
+
+    def finds_weights(self) -> bool:
+        """Whether the weights that the model had are still in their places."""
+        return [tensor.data_ptr() for tensor in self._weights] == self._pointers
 
     def check(self) -> None:
         """Raise if something changed.
