@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_blocks_come_ahead_a_few_layers_at_a_time():
         grown.append([each.num_blocks for each in storages])
         if pool.num_blocks > before:
             break
-    assert all(sum(b > a for a, b in zip(x, y)) <= 2 for x, y in zip(grown, grown[1:]))
+    assert all(sum(b > a for a, b in zip(x, y)) <= 2 for x, y in pairwise(grown))
     assert all(each.num_blocks >= pool.num_blocks > before for each in storages)
     place = storages[0].k.data_ptr()
     feed(cache, 1, 30)

@@ -147,6 +147,16 @@ def test_one_graph_serves_calls_of_a_kind(device: str, steps: list[int]) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_wider_block_tables(device: str, steps: list[int]) -> None:
+    """A step from which on a block table is wider runs in another graph."""
+    model, inputs = on(device), inputs_on(device, padding=[9, 0])
+    wanted = uncaptured(model, inputs, max_new_tokens=300)
+    assert torch.equal(generated(model, inputs, max_new_tokens=300), wanted)
+    assert steps[0] > 2
+    assert steps[1] > 280
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_kept_cache_goes_on(device: str, steps: list[int]) -> None:
     """Longer prompts on a cache of before, forks, crops, and other calls in between."""
     model, inputs = on(device), inputs_on(device)

@@ -255,7 +255,11 @@ class PagedTable:
     @property
     def width(self) -> int:
         """Columns of the block table."""
-        return table_width(-(-max(self.lengths, default=0) // self.pool.block_size))
+        return self.width_after(0)
+
+    def width_after(self, num_tokens: int) -> int:
+        """Columns of the block table once every row has ``num_tokens`` more tokens."""
+        return table_width(-(-(max(self.lengths, default=0) + num_tokens) // self.pool.block_size))
 
     def host_table(self) -> Tensor:
         """The block table on the host."""

@@ -132,7 +132,7 @@ class CapturedSteps:
         assert table is not None
         with table.storages[0].exclusive():
             arena: Arena = table.lease.arena
-            kind = _kind(call, table)
+            kind = _kind(call, table.width_after(1))
             graph = arena.graphs.get(kind)
             if graph is None:
                 return self._first(model, forward, call, state, arena)
@@ -194,7 +194,7 @@ class CapturedSteps:
         except (NotImplementedError, WrongStepError) as error:
             self._give_up(model, str(error))
         else:
-            arena.keep(_kind(call, table), graph)
+            arena.keep(_kind(call, table.width), graph)
         return out
 
     def _give_up(self, model: nn.Module, reason: str) -> None:
@@ -237,11 +237,11 @@ def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _kind(call: StepCall, table: PagedTable) -> Any:
-    """Calls of one kind run the same graph."""
+def _kind(call: StepCall, width: int) -> Any:
+    """Calls of one kind, with block tables of this width, run the same graph."""
     device = call.device.type
     return (
-        table.width,
+        width,
         tuple((name, x.shape, x.dtype) for name, x in call.tensors.items()),
         (call.cache_name, *call.constants.items()),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
