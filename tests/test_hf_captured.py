@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import SMALL, prompt, tiny
+from hf_helpers import SMALL, WINDOW, prompt, tiny
 from op_cases import DEVICES
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import unique_attn as ua
@@ -103,10 +104,13 @@ def test_equals_uncaptured(device: str, padding: list[int] | None, settings: dic
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", WINDOWS)
+@pytest.mark.parametrize("length", [20, WINDOW - 1, WINDOW, 100])
 @pytest.mark.parametrize("padding", [None, [9, 0]], ids=["even", "padded"])
-def test_layers_with_a_window(device: str, family: str, padding: list[int] | None, steps: list[int]) -> None:
+def test_layers_with_a_window(
+    device: str, family: str, length: int, padding: list[int] | None, steps: list[int]
+) -> None:
     """Their tokens are in rings of blocks. Stock attention sums in another order."""
-    model, inputs = on(device, family), inputs_on(device, padding=padding)
+    model, inputs = on(device, family), inputs_on(device, length=length, padding=padding)
     settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 90}
     wanted = uncaptured(model, inputs, **settings)
     for _ in range(2):
@@ -121,8 +125,53 @@ def test_layers_with_a_window(device: str, family: str, padding: list[int] | Non
     )
     for layer, other in zip(got.past_key_values.layers, wanted.past_key_values.layers, strict=True):
         for row, pad in enumerate(padding or [0, 0]):
-            begin = max(0, pad - (109 - layer.keys.shape[2]))
+            begin = max(0, pad - (length + 89 - layer.keys.shape[2]))
             torch.testing.assert_close(layer.keys[row, :, begin:], other.keys[row, :, begin:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "jamba"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_layers_with_states(family: str, beams: int, steps: list[int]) -> None:
+    """Recurrent and convolutional states, which transformers 5 updates in place; before, they are in other caches."""
+    from families import build, families
+
+    if family not in families():
+        pytest.skip(f"no {family} in this version of transformers")
+    model = ua.enable(build(family), SMALL)
+    inputs = prompt(2, 20, [3, 0])
+    settings = {"num_beams": beams, "return_dict_in_generate": True, "output_scores": True}
+    wanted = uncaptured(model, inputs, **settings)
+    for _ in range(2):
+        got = generated(model, inputs, **settings)
+        assert torch.equal(got.sequences, wanted.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(got.scores, wanted.scores, strict=True))
+    assert steps[1] > 60 or int(transformers.__version__.split(".")[0]) < 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
+def test_a_step_that_fails_its_check_is_repeated(
+    family: str, steps: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it wrote meanwhile is gone."""
+    from families import build, families
+
+    if family not in families():
+        pytest.skip(f"no {family} in this version of transformers")
+    model, inputs = ua.enable(build(family), SMALL), prompt(2, 40)
+    wanted = uncaptured(model, inputs, return_dict_in_generate=True, output_logits=True)
+    make = step_graph.StepGraph.__init__
+
+    def wrong(self: Any, model: Any, forward: Any, call: Any, *args: Any) -> None:
+        call.tensors["input_ids"].add_(1)
+        make(self, model, forward, call, *args)
+        call.tensors["input_ids"].sub_(1)
+
+    monkeypatch.setattr(step_graph.StepGraph, "__init__", wrong)
+    with caplog.at_level(logging.WARNING, logger="unique_attn"):
+        got = generated(model, inputs, return_dict_in_generate=True, output_logits=True)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, wanted.logits, strict=True))
+    assert steps[1] == 0
+    assert "on pages alone it computes something else" in caplog.text or steps[0] == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -254,6 +303,37 @@ def test_what_runs_uncaptured_is_said_once(
     hook.remove()
     assert torch.equal(generated(model, inputs), got)
     assert steps[1] > 30
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hidden_states_are_those_of_the_step(device: str, steps: list[int]) -> None:
+    model, inputs = on(device), inputs_on(device)
+    settings = {"return_dict_in_generate": True, "output_hidden_states": True}
+    wanted = uncaptured(model, inputs, **settings)
+    got = generated(model, inputs, **settings)
+    assert steps[1] > 30
+    for a, b in zip(got.hidden_states, wanted.hidden_states, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert torch.equal(generated(model, inputs), got.sequences)
+
+
+def test_rings_that_are_not_used_change_nothing(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer behind one with a window turns out to have a cache of another kind."""
+    model, inputs = on("cpu", "qwen2-window"), inputs_on("cpu", length=40)
+    wanted = uncaptured(model, inputs, return_dict_in_generate=True, output_logits=True)
+    ring = captured.join_ring
+    joined: list[Any] = []
+
+    def join(*args: Any) -> Any:
+        joined.append(ring(*args))
+        return joined[-1]
+
+    monkeypatch.setattr(captured, "join_ring", join)
+    monkeypatch.setattr(captured.UniqueLayer, "settled", lambda self: None)
+    got = generated(model, inputs, return_dict_in_generate=True, output_logits=True)
+    assert len(joined) > 30
+    assert steps == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, wanted.logits, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

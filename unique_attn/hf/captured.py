@@ -7,6 +7,7 @@ replay that, also over the caches of later calls of ``generate()``, because thei
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import weakref
@@ -23,6 +24,7 @@ from unique_attn.hf.compat import DynamicSlidingWindowLayer
 from unique_attn.hf.graph import CannotCaptureError
 from unique_attn.hf.hooks import CacheHook, SelectionRecord, recorders
 from unique_attn.hf.ring import RingLayer, join_ring
+from unique_attn.hf.states import has_states, states_of
 from unique_attn.hf.step_graph import StepGraph, WrongStepError, hook_inside
 from unique_attn.paging import PagedTable
 from unique_attn.rules import MAX_PAGES
@@ -142,21 +144,25 @@ class CapturedSteps:
                 if reason is not None:
                     _say(model, reason)
                     return None
-            if not graph.is_at(layers, table) or not graph.finds_weights():
+            fits = graph.finds_weights() and (
+                graph.is_at(layers, table) or (graph.take_states(layers) and graph.is_at(layers, table))
+            )
+            if not fits or (not graph.can_be_undone and graph.is_outdated()):
                 arena.graphs.clear()
                 return self._first(model, forward, call, state, arena)
             arena.graphs.move_to_end(kind)
             self._replays += 1
+            paged = [layer for layer in layers if not has_states(layer)]
             table.advanced_elsewhere()
             table.append(table.version, 1)
-            for layer in layers:
+            for layer in paged:
                 layer.advance()
             graph.run(call, table)
             # What the device need not wait for.
             table.grow_ahead()
-            if graph.is_outdated():
+            if graph.can_be_undone and graph.is_outdated():
                 table.truncate(table.version, table.length - 1)
-                for layer in layers:
+                for layer in paged:
                     layer.take_back()
                 arena.graphs.clear()
                 return self._first(model, forward, call, state, arena)
@@ -171,31 +177,41 @@ class CapturedSteps:
             _say(model, self._why_not)
             return None
         arguments = {**call.tensors, **call.constants, call.cache_name: call.cache, "attention_mask": call.mask}
+        before = Before.of(call.cache)
         out = forward(model, **{name: value for name, value in arguments.items() if value is not None})
         table = state.table
         if table is None or table.lease is None or table.lease.arena is not arena:
             return out
-        reason = hook_inside(model) or _join(call.cache, table)
+        after = list(call.cache.layers)
+        reason = hook_inside(model) or _join(call.cache, table, before)
         if reason is not None:
+            call.cache.layers[:] = after  # rings still lack the step
             _say(model, reason)
             return out
         self._captures += 1
         try:
-            graph = StepGraph(model, forward, call, table, arena)
+            graph = StepGraph(model, forward, call, table, before.states, arena)
             graph.check(out)
+            if not graph.take_states(call.cache.layers):
+                raise WrongStepError("the states of its layers have no fixed shape")
         except torch.OutOfMemoryError as error:
-            self._give_up(model, f"there was no memory for a graph ({str(error).splitlines()[0]})")
+            reason = f"there was no memory for a graph ({str(error).splitlines()[0]})"
         except CannotCaptureError as error:
-            self._give_up(
-                model,
+            reason = (
                 f"a graph cannot hold one, which waits for the device or copies from the host: {error} For a mixture "
-                "of experts try model.set_experts_implementation('batched_mm')",
+                "of experts try model.set_experts_implementation('batched_mm')"
             )
         except (NotImplementedError, WrongStepError) as error:
-            self._give_up(model, str(error))
+            reason = str(error)
+        except Exception as error:  # of the model, which may count on a cache of another kind
+            reason = f"{type(error).__name__} on pages alone: {error}"
         else:
             arena.keep(_kind(call, table.width), graph)
-        return out
+            return out
+        # What was tried may have written something else: the step is repeated as any other.
+        self._give_up(model, reason)
+        before.restore(call.cache, table)
+        return forward(model, **{name: value for name, value in arguments.items() if value is not None})
 
     def _give_up(self, model: nn.Module, reason: str) -> None:
         self._why_not = reason
@@ -251,8 +267,47 @@ def _kind(call: StepCall, width: int) -> Any:
     )
 
 
-def _join(cache: Any, table: PagedTable) -> str | None:
-    """Have all layers of a cache where captured steps read them; why that cannot be, or None."""
+class Before(NamedTuple):
+    """What a step changes in the layers of a cache that are not on pages, as it was before.
+
+    Attributes:
+        windows: stock layers with a sliding window, by their numbers.
+        states: of layers with states, by their numbers.
+    """
+
+    windows: dict[int, DynamicSlidingWindowLayer]
+    states: dict[int, dict[tuple[str, int], Tensor]]
+
+    @classmethod
+    def of(cls, cache: Any) -> Before:
+        before = cls({}, {})
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is RingLayer:
+                before.windows[i] = layer.as_stock()
+            elif type(layer) is DynamicSlidingWindowLayer:
+                before.windows[i] = copy.copy(layer)  # a step replaces its tensors
+            elif has_states(layer):
+                before.states[i] = {place: x.clone() for place, x in states_of(layer).items()}
+        return before
+
+    def restore(self, cache: Any, table: PagedTable) -> None:
+        """Have the cache as it was before the step, which ``table`` has counted."""
+        table.truncate(table.version, table.length - 1)
+        for i, layer in enumerate(cache.layers):
+            if i in self.windows:
+                cache.layers[i] = self.windows[i]
+            elif i in self.states:
+                for (name, number), state in self.states[i].items():
+                    getattr(layer, name)[number].copy_(state)
+            else:
+                layer.take_back()
+
+
+def _join(cache: Any, table: PagedTable, before: Before | None = None) -> str | None:
+    """Have all layers of a cache where captured steps read them; why that cannot be, or None.
+
+    ``before`` is given if the last step is to be repeated, which needs the first token of its window once more.
+    """
     config = config_of(cache)
     for i, layer in enumerate(cache.layers):
         if type(layer) in (UniqueLayer, RingLayer):
@@ -267,11 +322,14 @@ def _join(cache: Any, table: PagedTable) -> str | None:
             if not layer.enter(table):
                 return f"layer {i} holds other tokens than the others"
         elif type(layer) in (DynamicSlidingWindowLayer, RingLayer):
-            ring = join_ring(layer, i, table, config)
+            stock, repeated = (layer, 0) if before is None else (before.windows[i], 1)
+            ring = join_ring(stock, i, table, table.length - repeated, config)
             if isinstance(ring, str):
                 return f"layer {i} has a sliding window, and {ring}"
+            if repeated:
+                ring.advance()
             cache.layers[i] = ring
-        else:
+        elif not has_states(layer):
             return f"layer {i} has a cache of its own kind ({type(layer).__name__})"
     return None
 

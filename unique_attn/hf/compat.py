@@ -33,10 +33,12 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "DummyLayer",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "GenerationMixin",
+    "LinearAttentionLayer",
     "PreTrainedModel",
     "cache_argument",
     "config_family",
@@ -50,6 +52,15 @@ __all__ = [
     "shares_kv",
     "warn_once",
 ]
+
+try:  # transformers 5
+    from transformers.cache_utils import LinearAttentionLayer
+except ImportError:
+    LinearAttentionLayer = None  # type: ignore[assignment,misc]
+try:  # of layers without attention, in some 5.x
+    from transformers.cache_utils import DummyLayer
+except ImportError:
+    DummyLayer = None  # type: ignore[assignment,misc]
 
 _CROP_COUNTS_TOKENS = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
 _warned: set[tuple[Any, ...]] = set()

@@ -100,12 +100,17 @@ class RingLayer(DynamicSlidingWindowLayer):
         return layer
 
     def __reduce__(self) -> Any:
+        return self.as_stock().__reduce_ex__(2)
+
+    def as_stock(self) -> DynamicSlidingWindowLayer:
+        """A stock layer with the same contents, for which the ring is left."""
         self.leave()
         stock = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
-        kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "table", "pages", "user")}
+        ours = ("_dtype", "_lock", "pages", "table", "user")
+        kept = {name: value for name, value in vars(self).items() if name not in ours}
         kept["keys"], kept["values"] = kept.pop("_keys"), kept.pop("_values")
         vars(stock).update(kept)
-        return stock.__reduce_ex__(2)
+        return stock
 
     # ---- Captured steps. ----
 
@@ -168,13 +173,21 @@ class RingLayer(DynamicSlidingWindowLayer):
         return torch.where(tokens < 0, -1, slots)
 
 
-def join_ring(stock: Any, number: int, table: PagedTable, config: UniqueConfig) -> RingLayer | str:
-    """A ring with the contents of a stock layer, or why there can be none; ``number`` is that of the layer."""
+def join_ring(stock: Any, number: int, table: PagedTable, length: int, config: UniqueConfig) -> RingLayer | str:
+    """A ring with the contents of a stock layer, or why there can be none.
+
+    Args:
+        stock: of the kind that it is named after.
+        number: of the layer.
+        table: of the other layers.
+        length: tokens of a row that the layer should have seen.
+        config: settings.
+    """
     if getattr(stock, "record_past", False):
         return "it keeps tokens before its window"
     if not stock.is_initialized or stock.keys is None or stock.keys.shape != stock.values.shape:
         return "it has no keys and values of one size"
-    if stock.keys.shape[0] != table.batch or stock.cumulative_length != table.length:
+    if stock.keys.shape[0] != table.batch or stock.cumulative_length != length:
         return "it holds other tokens than the others"
     pages = table.lease.ring(number, table, stock, config)
     layer = RingLayer.enter(stock, pages, table, table.pool.lock)

@@ -88,7 +88,7 @@ class StaticLayer(CacheLayerMixin):
 
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """Dense attention in a step: there is none here."""
-        raise NotImplementedError(not_on_pages(self.layer_idx, refusal.reason))
+        raise NotImplementedError(self._pages.refusal(self.layer_idx, refusal.reason))
 
 
 class StepPages(Cache):
@@ -126,6 +126,10 @@ class StepPages(Cache):
         pages = self.blocks_per_row * self.config.block_size // size
         return min(pages, (window + 2 * size - 2) // size) if window else pages
 
+    def refusal(self, layer_idx: int, reason: str) -> str:
+        """The message for a layer that cannot decode on pages."""
+        return f"layer {layer_idx} cannot decode on pages: {reason}"
+
     def counters(self) -> list[Tensor]:
         """Every tensor in which a step counts."""
         return [self.seq_lens]
@@ -158,6 +162,9 @@ class StaticPages(StepPages):
         self.table: PagedTable | None = None
         with torch.inference_mode(False):
             self.offset = torch.zeros(batch, dtype=torch.long, device=device)  # of positions against tokens
+
+    def refusal(self, layer_idx: int, reason: str) -> str:
+        return not_on_pages(layer_idx, reason)
 
     def fill(self, dense: Any, padding: list[int]) -> None:
         """Begin with the keys and values of a filled ``DynamicCache``, of whose rows the first tokens are padding.

@@ -13,6 +13,7 @@ from unique_attn.hf.compat import Cache
 from unique_attn.hf.graph import beside, record
 from unique_attn.hf.hooks import CacheHook
 from unique_attn.hf.ring import RingLayer, ring_blocks, ring_table
+from unique_attn.hf.states import StaticStates, has_states
 from unique_attn.hf.static_pages import StepPages
 from unique_attn.hf.unchanged import Behaviour, Unchanged
 from unique_attn.paging import LayerPages, PagedTable
@@ -36,6 +37,7 @@ class StepGraph:
         forward: of the model's class.
         call: the step that has run.
         table: of its cache, which has counted the step.
+        states: of layers with states, by their numbers, as they were before the step.
         arena: where the pages of the cache are.
 
     Raises:
@@ -51,15 +53,20 @@ class StepGraph:
         forward: Callable[..., Any],
         call: StepCall,
         table: PagedTable,
+        states: dict[int, Any],
         arena: Arena,
     ) -> None:
         device = call.device
         layers = call.cache.layers
-        self._storages = [layer.settled()[0].storage for layer in layers]
+        self._states = {i: StaticStates(layers[i], before) for i, before in states.items()}
+        self._storages = [None if i in states else layer.settled()[0].storage for i, layer in enumerate(layers)]
         config = config_of(call.cache)
         windows = [layer.sliding_window if isinstance(layer, RingLayer) else 0 for layer in layers]
         self._pages = StepPages(config, windows, table.batch, table.width, device)
-        for static, storage in zip(self._pages.static_layers, self._storages, strict=True):
+        for i, (static, storage) in enumerate(zip(self._pages.static_layers, self._storages, strict=True)):
+            if storage is None:
+                self._pages.layers[i] = self._states[i].layer
+                continue
             static.storage = LayerPages(table.pool, storage, config)
             if static.window:
                 blocks = ring_blocks(static.window, config.block_size)
@@ -85,7 +92,7 @@ class StepGraph:
 
         def again(host_length: int) -> Any:
             self._pages.host_length = host_length
-            self._load(table, [n - 1 for n in table.lengths])
+            self._rewind(table)
             return step()
 
         length = table.length - 1
@@ -95,12 +102,17 @@ class StepGraph:
             return again(length)
         with beside(self._device):
             self._check_length(again, length)
-            self._load(table, [n - 1 for n in table.lengths])
+            self._rewind(table)
             if arena.memory_pool is None:
                 arena.memory_pool = torch.cuda.graph_pool_handle()
             self._graph, out = record(step, arena.memory_pool)
         self._replay()
         return out
+
+    def _rewind(self, table: PagedTable) -> None:
+        self._load(table, [n - 1 for n in table.lengths])
+        for each in self._states.values():
+            each.rewind()
 
     def _check_length(self, again: Callable[[int], Any], length: int) -> None:
         """A step must not depend on the length that the host knows, which a graph would never see change."""
@@ -124,9 +136,20 @@ class StepGraph:
     def is_at(self, layers: Sequence[Any], table: PagedTable) -> bool:
         """Whether the tokens of these layers are where the graph reads and writes them."""
         return len(layers) == len(self._storages) and all(
-            type(layer) in (UniqueLayer, RingLayer) and layer.is_at(table, storage)
-            for layer, storage in zip(layers, self._storages)
+            (type(layer) in (UniqueLayer, RingLayer) and layer.is_at(table, storage))
+            if storage is not None
+            else (has_states(layer) and self._states[i].is_of(layer))
+            for i, (layer, storage) in enumerate(zip(layers, self._storages))
         )
+
+    def take_states(self, layers: Sequence[Any]) -> bool:
+        """Move the states of the layers that have some to where the graph reads them; False if they do not fit."""
+        return all(has_states(layers[i]) and states.take(layers[i]) for i, states in self._states.items())
+
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether a step leaves what was there before it."""
+        return not self._states
 
     def finds_weights(self) -> bool:
         """Whether the weights are where the graph reads them."""
@@ -186,6 +209,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
 
 
+def _can_be_captured(hook: Any) -> bool:
+    """Hooks of ours, and those with which transformers collects what the outputs of a step are to hold."""
+    return isinstance(hook, CacheHook) or getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def hook_inside(model: nn.Module) -> str | None:
     """Which hook would run when a step is captured, and never again; None if there is none."""
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
@@ -193,7 +221,7 @@ def hook_inside(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate's hook is on {name or 'the model'}"
-        others = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, CacheHook)]
-        if module is not model and (module._forward_hooks or others):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module is not model and not all(map(_can_be_captured, hooks)):
             return f"a hook is on {name}"
     return None

@@ -79,9 +79,7 @@ class Behaviour:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        configs = {
-            id(config): vars(config) for each in modules if (config := getattr(each, "config", None)) is not None
-        }
+        configs = {id(each.config): vars(each.config) for each in modules if _has_config(each)}
         own = [value for each in modules for name, value in vars(each).items() if name not in _OF_ANY_MODULE]
         dicts = [value for value in own if isinstance(value, dict)]
         hooks: list[dict[Any, Any]] = [
@@ -96,6 +94,10 @@ class Behaviour:
         if any(self._without_hooks) or self._contents.changed() is not None:
             return True
         return not all(_equal(now, before) for now, before in self._lists)
+
+
+def _has_config(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("config"), "__dict__")
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
