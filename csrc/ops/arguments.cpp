@@ -186,16 +186,16 @@ void Arguments::groups(int64_t num_q_heads, int64_t num_kv_heads) const {
   }
 }
 
-TokenView Arguments::tokens(const char* name, const Tensor& tensor, Tensor& keep) const {
+TokenView Arguments::tokens(const char* name, const Tensor& tensor, std::optional<Tensor>& keep) const {
   floating(name, tensor, 4);
   head_dim(name, tensor.size(3));
   keep = tensor;
   if (tensor.numel() > 0 && ((tensor.size(3) > 1 && tensor.stride(3) != 1) || !rows_aligned(tensor))) {
     keep = torch::stable::contiguous(tensor);
     // A contiguous tensor comes back as it is, and it may start at an address that is not aligned.
-    if (!rows_aligned(keep)) keep = torch::stable::clone(keep);
+    if (!rows_aligned(*keep)) keep = torch::stable::clone(*keep);
   }
-  return {keep.data_ptr(), keep.stride(0), keep.stride(1), keep.stride(2)};
+  return {keep->data_ptr(), keep->stride(0), keep->stride(1), keep->stride(2)};
 }
 
 PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
@@ -311,6 +311,25 @@ PageTable Arguments::blocks(const Tensor& block_table, int64_t batch, int64_t nu
 
 ScalarType score_type(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::BFloat16 : dtype;
+}
+
+Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMaxRank = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMaxRank, "allocate: expected at most ", kMaxRank, " dimensions");
+  int64_t strides[kMaxRank], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    STD_TORCH_CHECK(!__builtin_mul_overflow(stride, std::max<int64_t>(sizes[i], 1), &stride), "a result of shape ",
+                    list_string(sizes), " is too large");
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 CpuExecutor torch_executor() {
