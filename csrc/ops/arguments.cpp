@@ -21,6 +21,22 @@ bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
+// Numbers of the shim are compared as they are: to make a ScalarType of one means to ask for the number of each type in
+// turn, and every argument of every call is checked.
+int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
+bool has_dtype(const Tensor& tensor, ScalarType dtype) {
+  int32_t found = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &found));
+  return found == shim_dtype(dtype);
+}
+
+int32_t device_type(const Tensor& tensor) {
+  int32_t found = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &found));
+  return found;
+}
+
 DType to_dtype(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -119,8 +135,8 @@ Arguments::Arguments(const char* op, const char* name, const Tensor& first)
 
 void Arguments::same_device(const char* name, const Tensor& tensor) const {
   given(op_, name, tensor);
-  if (tensor.is_cuda() != cuda_ || (!cuda_ && !tensor.is_cpu()) ||
-      (cuda_ && tensor.get_device_index() != device_index_)) {
+  const int32_t expected = cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  if (device_type(tensor) != expected || (cuda_ && tensor.get_device_index() != device_index_)) {
     fail(op_, name, "expected the device of ", first_name_, ", ", cuda_ ? "cuda:" : "cpu",
          cuda_ ? std::to_string(device_index_) : std::string(), ", got ",
          tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
@@ -130,7 +146,7 @@ void Arguments::same_device(const char* name, const Tensor& tensor) const {
 
 void Arguments::tensor(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rank) const {
   same_device(name, tensor);
-  if (tensor.scalar_type() != dtype) {
+  if (!has_dtype(tensor, dtype)) {
     fail(op_, name, "expected dtype ", dtype_string(dtype),
          dtype == scalar_type_ ? std::string(" (the dtype of ") + first_name_ + ")" : std::string(), ", got ",
          dtype_string(tensor.scalar_type()));
@@ -322,13 +338,10 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
     STD_TORCH_CHECK(!__builtin_mul_overflow(stride, std::max<int64_t>(sizes[i], 1), &stride), "a result of shape ",
                     list_string(sizes), " is too large");
   }
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         shim_dtype(dtype), device_type(like), like.get_device_index(),
+                                                         &handle));
   return Tensor(handle);
 }
 
