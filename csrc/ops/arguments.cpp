@@ -21,6 +21,22 @@ bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
+// Numbers of the shim are compared as they are: to make a ScalarType of one means to ask for the number of each type in
+// turn, and every argument of every call is checked.
+int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
+bool has_dtype(const Tensor& tensor, ScalarType dtype) {
+  int32_t found = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &found));
+  return found == shim_dtype(dtype);
+}
+
+int32_t device_type(const Tensor& tensor) {
+  int32_t found = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &found));
+  return found;
+}
+
 DType to_dtype(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -119,8 +135,8 @@ Arguments::Arguments(const char* op, const char* name, const Tensor& first)
 
 void Arguments::same_device(const char* name, const Tensor& tensor) const {
   given(op_, name, tensor);
-  if (tensor.is_cuda() != cuda_ || (!cuda_ && !tensor.is_cpu()) ||
-      (cuda_ && tensor.get_device_index() != device_index_)) {
+  const int32_t expected = cuda_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  if (device_type(tensor) != expected || (cuda_ && tensor.get_device_index() != device_index_)) {
     fail(op_, name, "expected the device of ", first_name_, ", ", cuda_ ? "cuda:" : "cpu",
          cuda_ ? std::to_string(device_index_) : std::string(), ", got ",
          tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
@@ -130,7 +146,7 @@ void Arguments::same_device(const char* name, const Tensor& tensor) const {
 
 void Arguments::tensor(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rank) const {
   same_device(name, tensor);
-  if (tensor.scalar_type() != dtype) {
+  if (!has_dtype(tensor, dtype)) {
     fail(op_, name, "expected dtype ", dtype_string(dtype),
          dtype == scalar_type_ ? std::string(" (the dtype of ") + first_name_ + ")" : std::string(), ", got ",
          dtype_string(tensor.scalar_type()));
@@ -186,16 +202,16 @@ void Arguments::groups(int64_t num_q_heads, int64_t num_kv_heads) const {
   }
 }
 
-TokenView Arguments::tokens(const char* name, const Tensor& tensor, Tensor& keep) const {
+TokenView Arguments::tokens(const char* name, const Tensor& tensor, std::optional<Tensor>& keep) const {
   floating(name, tensor, 4);
   head_dim(name, tensor.size(3));
   keep = tensor;
   if (tensor.numel() > 0 && ((tensor.size(3) > 1 && tensor.stride(3) != 1) || !rows_aligned(tensor))) {
     keep = torch::stable::contiguous(tensor);
     // A contiguous tensor comes back as it is, and it may start at an address that is not aligned.
-    if (!rows_aligned(keep)) keep = torch::stable::clone(keep);
+    if (!rows_aligned(*keep)) keep = torch::stable::clone(*keep);
   }
-  return {keep.data_ptr(), keep.stride(0), keep.stride(1), keep.stride(2)};
+  return {keep->data_ptr(), keep->stride(0), keep->stride(1), keep->stride(2)};
 }
 
 PagedView Arguments::cache(const char* name, const Tensor& tensor) const {
@@ -311,6 +327,22 @@ PageTable Arguments::blocks(const Tensor& block_table, int64_t batch, int64_t nu
 
 ScalarType score_type(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::BFloat16 : dtype;
+}
+
+Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMaxRank = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMaxRank, "allocate: expected at most ", kMaxRank, " dimensions");
+  int64_t strides[kMaxRank], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    STD_TORCH_CHECK(!__builtin_mul_overflow(stride, std::max<int64_t>(sizes[i], 1), &stride), "a result of shape ",
+                    list_string(sizes), " is too large");
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         shim_dtype(dtype), device_type(like), like.get_device_index(),
+                                                         &handle));
+  return Tensor(handle);
 }
 
 CpuExecutor torch_executor() {

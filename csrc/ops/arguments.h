@@ -54,8 +54,9 @@ class Arguments {
   // [.., H, D] heads of q against the heads of the cache: Hq = G * H with G in 1..16.
   void groups(int64_t num_q_heads, int64_t num_kv_heads) const;
 
-  // q, k or v as [B, T, heads, D]: any strides as far as vector loads allow, else a contiguous copy in `keep`.
-  TokenView tokens(const char* name, const Tensor& tensor, Tensor& keep) const;
+  // q, k or v as [B, T, heads, D]: any strides as far as vector loads allow, else a contiguous copy. `keep` gets the
+  // tensor whose memory it is.
+  TokenView tokens(const char* name, const Tensor& tensor, std::optional<Tensor>& keep) const;
   // A cache [num_blocks, H, block_size, D].
   PagedView cache(const char* name, const Tensor& tensor) const;
   // That caches which are written share no memory, neither with each other nor within.
@@ -89,6 +90,10 @@ class Arguments {
 
 // dtype in which scores of inputs of `dtype` are stored and ordered.
 ScalarType score_type(ScalarType dtype);
+
+// A contiguous tensor with any contents, on the device of `like`. torch::stable::new_empty would find its operator by
+// name and box the arguments, which takes longer than the allocation.
+Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 // PyTorch's own intra-op thread pool.
 CpuExecutor torch_executor();

@@ -86,7 +86,7 @@ PrefillBatch prefill_batch(const Arguments& args, const Tensor& q, const Tensor&
 }
 
 KeyView prefill_keys(const Arguments& args, const char* name, const Tensor& tensor, const PrefillBatch& batch,
-                     Tensor& keep) {
+                     std::optional<Tensor>& keep) {
   if (is_paged(batch.table)) {
     const PagedView cache = args.cache(name, tensor);
     return {cache.data, cache.stride_block, cache.stride_head, cache.stride_token};
@@ -123,8 +123,8 @@ BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, con
 
 std::tuple<Tensor, Tensor> block_sparse_results(const Tensor& q, BlockSparseParams& params) {
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
+  Tensor out = allocate(q, q.sizes(), q.scalar_type());
+  Tensor lse = allocate(q, {q.size(0), q.size(1)}, lse_type);
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
   return {out, lse};

@@ -45,13 +45,13 @@ std::vector<Tensor> composite_memory(const Tensor& q, CompositeBlocksParams& par
   const CompositeBlocksParams& p = params;
   const int64_t pages = num_block_slots(p.total_keys, p.batch, p.pool_k);
   const bool unrounded = !q.is_cuda() && p.dtype != DType::kFloat64;
-  Tensor entries = torch::stable::new_empty(q, {pages, p.num_kv_heads, composite_vectors(p.form), p.head_dim},
-                                            unrounded ? ScalarType::Float : q.scalar_type());
+  Tensor entries = allocate(q, {pages, p.num_kv_heads, composite_vectors(p.form), p.head_dim},
+                            unrounded ? ScalarType::Float : q.scalar_type());
   params.pages = entries.data_ptr();
   std::vector<Tensor> memory{entries};
   if (q.is_cuda()) {
     const size_t bytes = composite_workspace(p, multiprocessor_count(q));
-    memory.push_back(torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    memory.push_back(allocate(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
     params.workspace = memory.back().data_ptr();
   }
   return memory;
@@ -73,7 +73,7 @@ Tensor composite_blocks(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqle
   check_prefill_values(args, batch, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const std::vector<Tensor> memory = composite_memory(q, p);
   const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor shares = torch::stable::new_empty(q, {p.end_slot, composite_heads(p), p.key_blocks}, type);
+  Tensor shares = allocate(q, {p.end_slot, composite_heads(p), p.key_blocks}, type);
   p.shares = shares.data_ptr();
   Runner(kOp, q).run(p, composite_blocks_cpu, UA_CUDA(composite_blocks_cuda));
   return shares;

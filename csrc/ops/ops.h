@@ -12,17 +12,19 @@
 
 namespace unique_attn {
 
-// Params plus the tensors whose memory they point into.
+// Params plus the tensors whose memory they point into. Those that are not there from the start are optional: an
+// undefined Tensor takes memory too.
 struct AppendKvCall {
   AppendKvParams params;
-  Tensor k, v;
+  std::optional<Tensor> k, v;
 };
 struct PageIndexCall {
   PageIndexParams params;
 };
 struct PageScoresCall {
   PageScoresParams params;
-  Tensor q, scores;
+  std::optional<Tensor> q;
+  Tensor scores;
 };
 struct TopkPagesCall {
   TopkPagesParams params;
@@ -30,7 +32,9 @@ struct TopkPagesCall {
 };
 struct SparseDecodeCall {
   SparseDecodeParams params;
-  Tensor q, out, lse, workspace;
+  std::optional<Tensor> q;
+  Tensor out, lse;
+  std::optional<Tensor> workspace;
 };
 
 // `slots` is the slot mapping [B * T], or null to append the last T tokens of each sequence through `table`.

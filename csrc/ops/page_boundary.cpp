@@ -12,7 +12,7 @@ Tensor without_repeats(const Arguments& args, const Tensor& tensor) {
 
 }  // namespace
 
-TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, Tensor& keep) {
+TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, std::optional<Tensor>& keep) {
   return args.tokens(name, torch::stable::unsqueeze(without_repeats(args, tensor), 0), keep);
 }
 
@@ -32,7 +32,7 @@ PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens
 }
 
 IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, const PackedSequences& seqs,
-                       int64_t num_kv_heads, int64_t head_dim, Tensor& keep) {
+                       int64_t num_kv_heads, int64_t head_dim, std::optional<Tensor>& keep) {
   args.trainable(rule);
   args.tensor("index", index, ScalarType::Byte, 4);
   const int64_t slots = num_page_slots(seqs.total_tokens, seqs.batch, seqs.page_size);
@@ -41,7 +41,7 @@ IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, co
   }
   // Gradients reach the keys through exact entries only.
   keep = without_repeats(args, index);
-  return args.index(keep, static_cast<int64_t>(IndexFormat::kExact), rule, -1, num_kv_heads, head_dim);
+  return args.index(*keep, static_cast<int64_t>(IndexFormat::kExact), rule, -1, num_kv_heads, head_dim);
 }
 
 Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seqlen, int64_t k, int64_t page_size,
@@ -55,7 +55,7 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   p.form = rule_facts(chosen).form;
   p.spread_weight = spread_weight;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
-  Tensor keep, keep_index;
+  std::optional<Tensor> keep, keep_index;
   const TokenView view = packed_tokens(args, "q", q, keep);
   args.tensor("index", index, ScalarType::Byte, 4);
   args.groups(q.size(1), index.size(1));
@@ -76,7 +76,7 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   p.q_stride_token = view.stride_token;
   p.q_stride_head = view.stride_head;
   const ScalarType theta_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor theta = torch::stable::new_empty(q, {q.size(0), index.size(1)}, theta_type);
+  Tensor theta = allocate(q, {q.size(0), index.size(1)}, theta_type);
   p.theta = theta.data_ptr();
   Tensor workspace, squares;
   if (args.is_cuda()) {
@@ -84,11 +84,11 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
     const int64_t row_pages = boundary_row_pages(p.seqs.max_seqlen, p.seqs.page_size);
     const int64_t row_bytes = std::max<int64_t>(index.size(1) * row_pages * (key == ScalarType::Float ? 4 : 2), 1);
     p.chunk_tokens = boundary_chunk_tokens(row_bytes, q.size(0));
-    workspace = torch::stable::new_empty(q, {p.chunk_tokens, index.size(1), row_pages}, key);
+    workspace = allocate(q, {p.chunk_tokens, index.size(1), row_pages}, key);
     p.workspace = workspace.data_ptr();
     if (p.form == ScoreForm::kVectorSpread && key != ScalarType::Float) {
       const int64_t slots = num_page_slots(p.seqs.total_tokens, p.seqs.batch, p.seqs.page_size);
-      squares = torch::stable::new_empty(q, {slots, index.size(1), q.size(2)}, ScalarType::BFloat16);
+      squares = allocate(q, {slots, index.size(1), q.size(2)}, ScalarType::BFloat16);
       p.squares = squares.data_ptr();
     }
   }

@@ -5,12 +5,12 @@ namespace unique_attn {
 PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const Tensor& index,
                                    const Tensor& block_table, const Tensor& seq_lens, int64_t page_size, int64_t rule,
                                    int64_t index_format, double spread_weight, int64_t window) {
-  PageScoresCall call;
-  PageScoresParams& p = call.params;
+  PageScoresParams p;
+  std::optional<Tensor> keep_q;
   p.dtype = args.dtype();
   p.rule = args.rule(rule);
   p.spread_weight = spread_weight;
-  p.q = args.tokens("q", q, call.q);
+  p.q = args.tokens("q", q, keep_q);
   args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
   args.range("window", window, 0, INT32_MAX);
   args.tensor("index", index, ScalarType::Byte, 4);
@@ -27,10 +27,9 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   const int64_t row_pages = block_table.size(1) * index.size(2);
   p.row_pages = static_cast<int>(row_pages);
   p.fill_outside = true;
-  call.scores =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), index.size(1), row_pages}, score_type(q.scalar_type()));
-  p.scores = call.scores.data_ptr();
-  return call;
+  Tensor scores = allocate(q, {q.size(0), q.size(1), index.size(1), row_pages}, score_type(q.scalar_type()));
+  p.scores = scores.data_ptr();
+  return {p, std::move(keep_q), std::move(scores)};
 }
 
 Tensor page_scores(Tensor q, Tensor index, Tensor block_table, Tensor seq_lens, int64_t page_size, int64_t rule,

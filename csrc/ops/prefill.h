@@ -36,11 +36,11 @@ PrefillBatch prefill_batch(const Arguments& args, const Tensor& q, const Tensor&
                            int64_t block_q, int64_t block_k);
 // Packed or paged keys or values of such a batch; their tensor has the right rank.
 KeyView prefill_keys(const Arguments& args, const char* name, const Tensor& tensor, const PrefillBatch& batch,
-                     Tensor& keep);
+                     std::optional<Tensor>& keep);
 // Fills the Params of an op with what it has of its queries, keys and batch.
 template <typename Params>
 void enter_batch(Params& p, const Arguments& args, const Tensor& q, const Tensor& k, const PrefillBatch& batch,
-                 double scale, Tensor& keep_q, Tensor& keep_k) {
+                 double scale, std::optional<Tensor>& keep_q, std::optional<Tensor>& keep_k) {
   p.dtype = args.dtype();
   const TokenView view = packed_tokens(args, "q", q, keep_q);
   p.q = view.data, p.q_stride_token = view.stride_token, p.q_stride_head = view.stride_head;
@@ -68,7 +68,7 @@ void check_prefill_values(const Arguments& args, const PrefillBatch& batch, cons
 // Without results and workspace.
 struct CompositeBlocksCall {
   CompositeBlocksParams params{};
-  Tensor q, k;
+  std::optional<Tensor> q, k;
 };
 CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor& q, const Tensor& k,
                                              const PrefillBatch& batch, int64_t max_seqlen_k, int64_t rule,
@@ -86,7 +86,7 @@ SelectBlocksParams prepare_select_blocks(const Arguments& args, const PrefillBat
 // Without mask and results.
 struct BlockSparseCall {
   BlockSparseParams params{};
-  Tensor q, k, v;
+  std::optional<Tensor> q, k, v;
 };
 BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const PrefillBatch& batch, double scale);

@@ -15,7 +15,8 @@ Runner::Runner(const char* op, const Tensor& first) : op_(op), cuda_(first.is_cu
 #ifdef UNIQUE_ATTN_WITH_CUDA
   if (cuda_) {
     const int32_t device = first.get_device_index();
-    guard_.emplace(device);
+    int current = -1;  // where it is the tensors' device already, there is nothing to set and to set back
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard_.emplace(device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);

@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> select_blocks(Tensor shares, Tensor cu_seqlens_q, Ten
     check_queries_have_keys(kOp, cu_seqlens_q, cu_seqlens_k);
     args.size("shares", shares, 0, queries / block_q + batch.batch, "query block slots");
   }
-  Tensor mask = torch::stable::new_empty(shares, {shares.size(0), shares.size(1), p.mask_words}, ScalarType::Int);
-  Tensor kept = torch::stable::new_empty(shares, {shares.size(0), shares.size(1)}, ScalarType::Float);
+  Tensor mask = allocate(shares, {shares.size(0), shares.size(1), p.mask_words}, ScalarType::Int);
+  Tensor kept = allocate(shares, {shares.size(0), shares.size(1)}, ScalarType::Float);
   p.shares = shares.data_ptr();
   p.mask = static_cast<uint32_t*>(mask.data_ptr());
   p.kept = static_cast<float*>(kept.data_ptr());

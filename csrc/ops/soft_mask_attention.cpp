@@ -7,7 +7,7 @@ namespace {
 // The forward pass's Params, which the backward pass needs too, and the tensors whose memory they point into.
 struct SoftMaskCall {
   SoftMaskForwardParams params{};
-  Tensor q, k, v, index;
+  std::optional<Tensor> q, k, v, index;
 };
 
 // Memory that the call works in on CUDA, entered in `params`.
@@ -17,7 +17,7 @@ Tensor workspace_of([[maybe_unused]] const Tensor& q, [[maybe_unused]] SoftMaskF
 #ifdef UNIQUE_ATTN_WITH_CUDA
   if (q.is_cuda()) {
     const size_t bytes = soft_mask_workspace_bytes(params, backward, q.get_device_index());
-    workspace = torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    workspace = allocate(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
     params.workspace = workspace.data_ptr();
   }
 #endif
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> soft_mask_forward(Tensor q, Tensor k, Tensor v, Tenso
   SoftMaskCall call = prepare(args, q, k, v, cu_seqlens, max_seqlen, index, theta, tau, pages, page_size, rule,
                               spread_weight, sink_pages, recent_pages, scale);
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, lse_type);
+  Tensor out = allocate(q, q.sizes(), q.scalar_type());
+  Tensor lse = allocate(q, {q.size(0), q.size(1)}, lse_type);
   call.params.out = out.data_ptr();
   call.params.lse = lse.data_ptr();
   const Tensor workspace = workspace_of(q, call.params, false);
@@ -134,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> soft_mask_backward(Tensor grad_out, Tensor q,
   // Autograd hands over any strides.
   Tensor grad = torch::stable::contiguous(grad_out);
   if (reinterpret_cast<uintptr_t>(grad.data_ptr()) % 16 != 0) grad = torch::stable::clone(grad);
-  Tensor delta = torch::stable::new_empty(lse, lse.sizes());
-  Tensor dq = torch::stable::new_empty(q, q.sizes());
-  Tensor dk = torch::stable::new_empty(k, k.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Tensor delta = allocate(lse, lse.sizes(), lse.scalar_type());
+  Tensor dq = allocate(q, q.sizes(), q.scalar_type());
+  Tensor dk = allocate(k, k.sizes(), k.scalar_type());
+  Tensor dv = allocate(v, v.sizes(), v.scalar_type());
   p.forward = call.params;
   p.forward.out = out.data_ptr();
   p.forward.lse = lse.data_ptr();

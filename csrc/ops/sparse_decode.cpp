@@ -6,10 +6,10 @@ namespace unique_attn {
 SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
                                        const Tensor& seq_lens, int64_t page_size, double scale, int64_t window) {
-  SparseDecodeCall call;
-  SparseDecodeParams& p = call.params;
+  SparseDecodeParams p;
+  std::optional<Tensor> keep_q, workspace;
   p.dtype = args.dtype();
-  p.q = args.tokens("q", q, call.q);
+  p.q = args.tokens("q", q, keep_q);
   args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);
   args.range("window", window, 0, INT32_MAX);
   p.k_cache = args.cache("k_cache", k_cache);
@@ -34,10 +34,10 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.window = static_cast<int>(window);
   p.pages = static_cast<const int32_t*>(pages.data_ptr());
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  call.out = torch::stable::new_empty(q, q.sizes());
-  call.lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
-  p.out = call.out.data_ptr();
-  p.lse = call.lse.data_ptr();
+  Tensor out = allocate(q, q.sizes(), q.scalar_type());
+  Tensor lse = allocate(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
+  p.out = out.data_ptr();
+  p.lse = lse.data_ptr();
   p.num_splits = 1;
   p.partial_out = p.partial_lse = nullptr;
   if (args.is_cuda()) {
@@ -48,13 +48,13 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
     p.num_splits = plan.num_splits;
     if (plan.num_splits > 1) {
       const int64_t floats = static_cast<int64_t>(plan.workspace_bytes / sizeof(float));
-      const int64_t rows = call.lse.numel() * plan.num_splits;
-      call.workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
-      p.partial_out = static_cast<float*>(call.workspace.data_ptr());
+      const int64_t rows = lse.numel() * plan.num_splits;
+      workspace = allocate(q, {floats}, ScalarType::Float);
+      p.partial_out = static_cast<float*>(workspace->data_ptr());
       p.partial_lse = p.partial_out + rows * p.head_dim;
     }
   }
-  return call;
+  return {p, std::move(keep_q), std::move(out), std::move(lse), std::move(workspace)};
 }
 
 std::tuple<Tensor, Tensor> sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pages, Tensor block_table,

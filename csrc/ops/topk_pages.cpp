@@ -6,8 +6,7 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
                                  const char* k_name, int64_t k, int64_t page_size, int64_t sink_pages,
                                  int64_t recent_pages, int64_t window, const std::optional<Tensor>& budget_pages,
                                  const std::optional<Tensor>& block_table, int64_t pages_per_block) {
-  TopkPagesCall call;
-  TopkPagesParams& p = call.params;
+  TopkPagesParams p;
   args.floating("scores", scores, 4);
   if (scores.scalar_type() == ScalarType::Half) {
     fail(args.op(), "scores", "expected dtype bfloat16, float32 or float64, got float16");
@@ -60,9 +59,9 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
   p.scores = scores.data_ptr();
   p.budget_pages = budget_pages.has_value() ? static_cast<const int32_t*>(budget_pages->data_ptr()) : nullptr;
   p.physical = block_table.has_value();
-  call.pages = torch::stable::new_empty(scores, {batch, scores.size(1), scores.size(2), k}, ScalarType::Int);
-  p.pages = static_cast<int32_t*>(call.pages.data_ptr());
-  return call;
+  Tensor pages = allocate(scores, {batch, scores.size(1), scores.size(2), k}, ScalarType::Int);
+  p.pages = static_cast<int32_t*>(pages.data_ptr());
+  return {p, std::move(pages)};
 }
 
 Tensor topk_pages(Tensor scores, Tensor seq_lens, int64_t k, int64_t page_size, int64_t sink_pages,

@@ -11,11 +11,11 @@ namespace unique_attn {
 
 // q, k or v [N, heads, D] of a packed batch. Tensors that repeat memory (strides of 0, from expand) are copied for
 // CUDA: tensor maps cannot describe them.
-TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, Tensor& keep);
+TokenView packed_tokens(const Arguments& args, const char* name, const Tensor& tensor, std::optional<Tensor>& keep);
 PackedSequences packed_sequences(const Arguments& args, const Tensor& cu_seqlens, int64_t total_tokens,
                                  int64_t max_seqlen, int64_t page_size);
 IndexView packed_index(const Arguments& args, const Tensor& index, Rule rule, const PackedSequences& seqs,
-                       int64_t num_kv_heads, int64_t head_dim, Tensor& keep);
+                       int64_t num_kv_heads, int64_t head_dim, std::optional<Tensor>& keep);
 
 // ---- The registered functions; library.cpp has their schemas. ----
 

@@ -38,10 +38,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unique_prefill(
   const int64_t slot_bytes = std::max<int64_t>(int64_t{heads} * estimate.key_blocks * (wide ? 8 : 4), 1);
   const int chunk = static_cast<int>(std::min<int64_t>(std::max<int64_t>(kShareBytes / slot_bytes, 1), slots));
   const std::vector<Tensor> memory = composite_memory(q, estimate);
-  Tensor shares =
-      torch::stable::new_empty(q, {chunk, heads, estimate.key_blocks}, wide ? ScalarType::Double : ScalarType::Float);
-  Tensor mask = torch::stable::new_empty(q, {slots, heads, select.mask_words}, ScalarType::Int);
-  Tensor kept = torch::stable::new_empty(q, {slots, heads}, ScalarType::Float);
+  Tensor shares = allocate(q, {chunk, heads, estimate.key_blocks}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor mask = allocate(q, {slots, heads, select.mask_words}, ScalarType::Int);
+  Tensor kept = allocate(q, {slots, heads}, ScalarType::Float);
   std::tuple<Tensor, Tensor> results = block_sparse_results(q, attention.params);
 
   const Runner runner(kOp, q);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 
 class NotDifferentiableError(RuntimeError):
@@ -18,7 +19,7 @@ def _message(op: str, phase: str = "decode") -> str:
     )
 
 
-def register_no_backward(op: str, phase: str = "decode") -> None:
+def register_no_backward(op: str, phase: str) -> None:
     """Make the backward pass through a functional op of ``phase`` raise :class:`NotDifferentiableError`."""
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
@@ -27,7 +28,32 @@ def register_no_backward(op: str, phase: str = "decode") -> None:
     torch.library.register_autograd(f"unique_attn::{op}", backward)
 
 
-def reject_grad(op: str, **tensors: torch.Tensor | None) -> None:
+class _NoBackward(torch.autograd.Function):
+    """A decode op whose backward pass is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> Any:
+        ctx.message = _message(op.name().partition("::")[2])
+        return op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotDifferentiableError(ctx.message)
+
+
+def without_backward(op: Any, differentiable: tuple[Tensor, ...], *args: Any) -> Any:
+    """``op(*args)`` of a functional decode op. If one of the ``differentiable`` arguments requires grad, its backward
+    pass raises :class:`NotDifferentiableError`.
+
+    :func:`register_no_backward` would send every call from the dispatcher through Python, with or without gradients,
+    which takes longer than all else that such an op does on the host.
+    """
+    if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in differentiable):
+        return _NoBackward.apply(op, *args)
+    return op(*args)
+
+
+def reject_grad(op: str, **tensors: Tensor | None) -> None:
     """Raise if a gradient would have to flow through an op that writes to its inputs."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():

@@ -17,4 +17,5 @@ def same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 def softmax_scale(q: torch.Tensor) -> float:
     """``1 / sqrt(D)``; 1 for what the op will refuse."""
-    return 1.0 if q.dim() == 0 or q.shape[-1] == 0 else float(q.shape[-1] ** -0.5)
+    shape = q.shape
+    return float(shape[-1] ** -0.5) if shape and shape[-1] != 0 else 1.0

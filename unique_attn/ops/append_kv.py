@@ -7,6 +7,8 @@ import torch
 from unique_attn.ops._autograd import reject_grad
 from unique_attn.ops._shared import same_device
 
+_OP = torch.ops.unique_attn.append_kv.default
+
 
 def append_kv(
     k: torch.Tensor,
@@ -31,7 +33,7 @@ def append_kv(
         NotDifferentiableError: an input requires grad while grad mode is on.
     """
     reject_grad("append_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    torch.ops.unique_attn.append_kv(k, v, k_cache, v_cache, slot_mapping)
+    _OP(k, v, k_cache, v_cache, slot_mapping)
 
 
 @torch.library.register_fake("unique_attn::append_kv")

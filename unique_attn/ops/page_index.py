@@ -8,6 +8,8 @@ from unique_attn.ops._autograd import reject_grad
 from unique_attn.ops._shared import same_device
 from unique_attn.rules import format_id, rule_info
 
+_OP = torch.ops.unique_attn.page_index.default
+
 
 def page_index(
     k_cache: torch.Tensor,
@@ -49,9 +51,7 @@ def page_index(
     info = rule_info(rule)
     reject_grad("page_index", k_cache=k_cache)
     storage = format_id(index_format, rule)
-    torch.ops.unique_attn.page_index(
-        k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id, storage
-    )
+    _OP(k_cache, index, block_table, start_lens, seq_lens, max_new_tokens, page_size, info.id, storage)
 
 
 @torch.library.register_fake("unique_attn::page_index")

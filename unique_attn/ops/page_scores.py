@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from unique_attn.ops._autograd import register_no_backward
+from unique_attn.ops._autograd import without_backward
 from unique_attn.ops._shared import same_device
 from unique_attn.rules import format_id, rule_info, weight_of
+
+_OP = torch.ops.unique_attn.page_scores.default
 
 
 def page_scores(
@@ -49,9 +51,7 @@ def page_scores(
     info = rule_info(rule)
     weight = weight_of(info, spread_weight)
     storage = format_id(index_format, rule)
-    return torch.ops.unique_attn.page_scores(
-        q, index, block_table, seq_lens, page_size, info.id, storage, weight, window
-    )
+    return without_backward(_OP, (q,), q, index, block_table, seq_lens, page_size, info.id, storage, weight, window)
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,6 +64,3 @@ def _(q, index, block_table, seq_lens, page_size, rule, index_format, spread_wei
     same_device("page_scores", q=q, index=index, block_table=block_table, seq_lens=seq_lens)
     pages = block_table.shape[1] * index.shape[2]
     return q.new_empty((q.shape[0], q.shape[1], index.shape[1], pages), dtype=score_dtype(q.dtype))
-
-
-register_no_backward("page_scores")

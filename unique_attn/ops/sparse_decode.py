@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from unique_attn.ops._autograd import register_no_backward
+from unique_attn.ops._autograd import without_backward
 from unique_attn.ops._shared import same_device, softmax_scale
+
+_OP = torch.ops.unique_attn.sparse_decode.default
 
 
 def sparse_decode(
@@ -43,8 +45,8 @@ def sparse_decode(
             UNIQUE_ATTN_CHECK=1) also a length, a page or a block that is out of range.
     """
     scale = softmax_scale(q) if scale is None else float(scale)
-    return torch.ops.unique_attn.sparse_decode(
-        q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window
+    return without_backward(
+        _OP, (q, k_cache, v_cache), q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, window
     )
 
 
@@ -55,6 +57,3 @@ def _(q, k_cache, v_cache, pages, block_table, seq_lens, page_size, scale, windo
     )
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-register_no_backward("sparse_decode")

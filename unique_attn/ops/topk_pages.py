@@ -6,6 +6,8 @@ import torch
 
 from unique_attn.ops._shared import same_device
 
+_OP = torch.ops.unique_attn.topk_pages.default
+
 
 def topk_pages(
     scores: torch.Tensor,
@@ -46,7 +48,7 @@ def topk_pages(
         ValueError: a wrong rank, shape, dtype or device, or a k that does not fit, naming the argument; on the CPU (on
             CUDA with UNIQUE_ATTN_CHECK=1) also a length or a block that is out of range.
     """
-    return torch.ops.unique_attn.topk_pages(
+    return _OP(
         scores,
         seq_lens,
         k,

@@ -8,6 +8,8 @@ from unique_attn.ops._autograd import reject_grad
 from unique_attn.ops._shared import same_device, softmax_scale
 from unique_attn.rules import format_id, rule_info, weight_of
 
+_OP = torch.ops.unique_attn.unique_decode.default
+
 
 def unique_decode(
     q: torch.Tensor,
@@ -60,8 +62,9 @@ def unique_decode(
     info = rule_info(rule)
     weight = weight_of(info, spread_weight)
     scale = softmax_scale(q) if scale is None else float(scale)
-    reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    return torch.ops.unique_attn.unique_decode(
+    if torch.is_grad_enabled():
+        reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    return _OP(
         q,
         k,
         v,

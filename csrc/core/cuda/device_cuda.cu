@@ -1,7 +1,7 @@
 // The facts of each device, kept for the life of the process.
 #include <cuda_runtime.h>
 
-#include <map>
+#include <atomic>
 #include <mutex>
 
 #include "core/cuda/device.h"
@@ -23,20 +23,31 @@ cudaError_t ask(DeviceFacts& facts, int device) {
   return error;
 }
 
+// Every launch asks: what is known is read without a lock.
+constexpr int kDevices = 64;
+struct Known {
+  std::atomic<bool> ready{false};
+  DeviceFacts facts;
+};
+Known known[kDevices];
+std::mutex mutex;  // of what is not yet known
+
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts, int device) {
-  static std::mutex mutex;
-  static std::map<int, DeviceFacts> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(device);
-  if (found != known.end()) {
-    facts = found->second;
-    return cudaSuccess;
+  if (device < 0 || device >= kDevices) return ask(facts, device);
+  Known& entry = known[device];
+  if (!entry.ready.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!entry.ready.load(std::memory_order_relaxed)) {
+      const cudaError_t error = ask(facts, device);
+      if (error != cudaSuccess) return error;  // and is not remembered
+      entry.facts = facts;
+      entry.ready.store(true, std::memory_order_release);
+    }
   }
-  const cudaError_t error = ask(facts, device);
-  if (error == cudaSuccess) known.emplace(device, facts);  // a failure is not remembered
-  return error;
+  facts = entry.facts;
+  return cudaSuccess;
 }
 
 cudaError_t device_facts(DeviceFacts& facts) {

@@ -10,6 +10,7 @@
 // of at most 8 heads then wastes half of what it would as rows, and q stays in registers.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
+#include "core/cuda/once.cuh"
 #include "core/decode/sparse_decode_common.cuh"
 #include "core/decode/split_plan.h"
 
@@ -313,14 +314,17 @@ __global__ void __launch_bounds__(Warps* kWarp)
 }
 
 template <typename T, int DP, int NT, int Warps>
-cudaError_t launch(const SparseDecodeParams& p, int pages_per_split, cudaStream_t stream) {
+cudaError_t launch(const SparseDecodeParams& p, int pages_per_split, const DeviceFacts& device, cudaStream_t stream) {
   const auto kernel = sparse_decode_mma_kernel<T, DP, NT, Warps>;
   constexpr int kBytes = sizeof(Shared<T, DP, Warps>);
   static_assert(kBytes <= 99 * 1024);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  // All of the first-level cache as shared memory: the copies pass it by, and the blocks in flight are what counts.
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  static OncePerDevice once;
+  const cudaError_t error = once(device, [&] {
+    const cudaError_t room = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (room != cudaSuccess) return room;
+    // All of the first-level cache as shared memory: the copies pass it by, and the blocks in flight are what counts.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  });
   if (error != cudaSuccess) return error;
   const dim3 grid(p.batch * p.num_query_tokens, p.num_kv_heads, p.num_splits);
   return launch_dependent(kernel, grid, Warps * kWarp, kBytes, stream, p, pages_per_split);
@@ -335,8 +339,8 @@ cudaError_t launch(const SparseDecodeParams& p, cudaStream_t stream) {
   const int64_t blocks = int64_t{p.batch} * p.num_query_tokens * p.num_kv_heads * p.num_splits;
   const int tokens_per_split = pages_per_split * p.table.page_size;
   return plan_decode_warps(blocks, tokens_per_split, kTokens, device.multiprocessors) == 4
-             ? launch<T, DP, NT, 4>(p, pages_per_split, stream)
-             : launch<T, DP, NT, 2>(p, pages_per_split, stream);
+             ? launch<T, DP, NT, 4>(p, pages_per_split, device, stream)
+             : launch<T, DP, NT, 2>(p, pages_per_split, device, stream);
 }
 
 template <typename T, int DP>

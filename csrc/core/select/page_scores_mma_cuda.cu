@@ -11,6 +11,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "core/cuda/math.cuh"
+#include "core/cuda/once.cuh"
 #include "core/select/entry_ring.cuh"
 #include "core/select/page_scores_common.cuh"
 #include "core/select/page_scores_rows.cuh"
@@ -234,7 +235,9 @@ cudaError_t launch(const PageScoresParams& p, int tokens, const DeviceFacts& dev
   const EntryPieces pieces = entry_pieces(p, C::kPages, C::kStep);
   constexpr int kBytes = sizeof(Queries<kForm, kSteps, kTiles>) + kWarps * C::Ring::bytes(Row::kHeadDim);
   static_assert(kBytes <= 99 * 1024, "what every GPU of compute capability 8 has");
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static OncePerDevice once;
+  const cudaError_t error =
+      once(device, [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes); });
   if (error != cudaSuccess) return error;
   static ResidentBlocks resident;
   const ScoreGrid grid =
