@@ -30,8 +30,7 @@ from unique_attn.paging import PagedTable
 from unique_attn.rules import MAX_PAGES
 
 DEVICES = ("cuda",)  # types of devices where steps are captured
-_FEW_REPLAYS = 4  # of a graph on average; with fewer, capturing costs more than it saves
-_SOME_GRAPHS = 8
+_TOO_FEW_REPLAYS = ((3, 1), (8, 4))  # so many graphs, and not so many replays of each on average: they do not pay
 _logger = logging.getLogger("unique_attn")
 _said: set[tuple[type, str]] = set()
 
@@ -172,7 +171,7 @@ class CapturedSteps:
         self, model: nn.Module, forward: Callable[..., Any], call: StepCall, state: CacheState, arena: Arena
     ) -> Any:
         """A step that runs as any other, and is captured afterwards for those to come."""
-        if self._captures >= _SOME_GRAPHS and self._replays < self._captures * _FEW_REPLAYS:
+        if any(self._captures >= some and self._replays < self._captures * each for some, each in _TOO_FEW_REPLAYS):
             self._why_not = "its steps differ too often for graphs to pay"
             _say(model, self._why_not)
             return None

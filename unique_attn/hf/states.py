@@ -15,9 +15,7 @@ def has_states(layer: Any) -> bool:
     """Whether ``layer`` is a stock layer with states alone, or without any, that a captured step can use."""
     if DummyLayer is not None and type(layer) is DummyLayer:
         return True
-    if LinearAttentionLayer is None or type(layer) is not LinearAttentionLayer or layer.record_past:
-        return False
-    return bool(states_of(layer))
+    return LinearAttentionLayer is not None and type(layer) is LinearAttentionLayer and not layer.record_past
 
 
 def states_of(layer: Any) -> dict[tuple[str, int], Tensor]:
