@@ -185,7 +185,9 @@ def test_families(family: str, steps: list[int]) -> None:
     assert torch.equal(found[0]["sequences"], found[1]["sequences"])
     if "logits" in found[0]:
         torch.testing.assert_close(found[1]["logits"], found[0]["logits"], rtol=1e-3, atol=1e-4)
-    assert steps[1] > 0 or family in ("llama4_text", "csm") or int(transformers.__version__.split(".")[0]) < 5
+    assert (
+        steps[1] > 0 or family in ("llama4_text", "csm", "qwen2_vl") or int(transformers.__version__.split(".")[0]) < 5
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
