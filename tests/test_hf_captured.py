@@ -8,6 +8,7 @@ import gc
 import logging
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -528,6 +529,26 @@ def test_threads_and_models_at_once(device: str, steps: list[int]) -> None:
         thread.join()
     assert all(torch.equal(each, wanted[i]) for i in range(4) for each in found[i])
     assert steps[1] > 200
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keeps_cache", [False, True])
+def test_graphs_go_with_the_model(device: str, keeps_cache: bool, steps: list[int]) -> None:
+    """At once, without the garbage collector."""
+    model = on(device)
+    cache = generated(model, inputs_on(device), return_dict_in_generate=True).past_key_values if keeps_cache else None
+    generated(model, inputs_on(device))
+    assert steps[1] > 30
+    weight, alive = weakref.ref(model.lm_head.weight), weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+        assert weight() is None
+    finally:
+        gc.enable()
+    assert cache is None or cache.get_seq_length() == 59
 
 
 @pytest.mark.parametrize("device", DEVICES)

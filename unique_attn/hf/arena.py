@@ -85,11 +85,14 @@ class Arenas:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[Arena] = []
+        self._all: weakref.WeakSet[Arena] = weakref.WeakSet()
 
     def lend(self) -> Lease:
         """One for a cache that is about to turn to pages: the one used last, or a new one."""
         with self._lock:
-            return Lease(self, self._idle.pop() if self._idle else Arena())
+            arena = self._idle.pop() if self._idle else Arena()
+            self._all.add(arena)
+            return Lease(self, arena)
 
     def take_back(self, arena: Arena) -> None:
         device = arena.storages[0].k.device
@@ -103,8 +106,10 @@ class Arenas:
             del self._idle[:-MAX_IDLE]
 
     def clear(self) -> None:
-        """Let go of what no cache uses."""
+        """Let go of all graphs, and of the arenas that no cache uses."""
         with self._lock:
+            for arena in self._all:
+                arena.graphs.clear()
             self._idle.clear()
 
 

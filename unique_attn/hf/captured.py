@@ -124,6 +124,8 @@ class CapturedSteps:
     def _is_mine(self, model: nn.Module) -> bool:
         if self._model is None:
             self._model = weakref.ref(model)
+            # Graphs know what the model is made of, so without this it would be freed by the garbage collector only.
+            weakref.finalize(model, self._arenas.clear).atexit = False
         return self._model() is model  # replicas of nn.DataParallel share what the model keeps
 
     # ---- A step. ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,47 +80,47 @@ class StepGraph:
         self._lengths: list[int] | None = None  # that the device has counted to
         self._layout: object = None  # of the block table on the device
         self._graph: Any = None
-        self._out = self._capture(model, forward, call.cache_name, table, arena)
+        # Nothing here may keep the model, which keeps this.
+        self._model, self._forward, self._cache_name = weakref.ref(model), forward, call.cache_name
+        self._out = self._capture(table, arena)
 
     # ---- Making it. ----
 
-    def _capture(
-        self, model: nn.Module, forward: Callable[..., Any], cache_name: str, table: PagedTable, arena: Arena
-    ) -> Any:
-        def step() -> Any:
-            self._pages.seq_lens.add_(1)
-            return forward(model, **self._inputs, **self._constants, **{cache_name: self._pages})
-
-        def again(host_length: int) -> Any:
-            self._pages.host_length = host_length
-            self._rewind(table)
-            return step()
-
-        length = table.length - 1
+    def _capture(self, table: PagedTable, arena: Arena) -> Any:
         if self._device.type != "cuda":
-            self._check_length(again, length)
-            self._step = step
-            return again(length)
+            self._check_length(table)
+            return self._again(table, table.length - 1)
         with beside(self._device):
-            self._check_length(again, length)
+            self._check_length(table)
             self._rewind(table)
             if arena.memory_pool is None:
                 arena.memory_pool = torch.cuda.graph_pool_handle()
-            self._graph, out = record(step, arena.memory_pool)
+            self._graph, out = record(self._step, arena.memory_pool)
         self._replay()
         return out
+
+    def _step(self) -> Any:
+        self._pages.seq_lens.add_(1)
+        cache = {self._cache_name: self._pages}
+        return self._forward(self._model(), **self._inputs, **self._constants, **cache)
+
+    def _again(self, table: PagedTable, host_length: int) -> Any:
+        self._pages.host_length = host_length
+        self._rewind(table)
+        return self._step()
 
     def _rewind(self, table: PagedTable) -> None:
         self._load(table, [n - 1 for n in table.lengths])
         for each in self._states.values():
             each.rewind()
 
-    def _check_length(self, again: Callable[[int], Any], length: int) -> None:
+    def _check_length(self, table: PagedTable) -> None:
         """A step must not depend on the length that the host knows, which a graph would never see change."""
-        first, other = (again(n).logits.clone() for n in (length, length // 2))
+        length = table.length - 1
+        first, other = (self._again(table, n).logits.clone() for n in (length, length // 2))
         if torch.equal(first, other):
             return
-        if torch.equal(first, again(length).logits) or not _close(first, other):
+        if torch.equal(first, self._again(table, length).logits) or not _close(first, other):
             raise WrongStepError("what it computes depends on the length of the cache as the host knows it")
 
     def check(self, out: Any) -> None:
@@ -178,11 +179,11 @@ class StepGraph:
             self._layout = table.layout
 
     def _replay(self) -> None:
-        if self._graph is not None:
+        if self._graph is None:
+            self._out = self._step()
+        else:
             with torch.cuda.device(self._device):
                 self._graph.replay()
-        elif hasattr(self, "_step"):
-            self._out = self._step()
 
     def result(self, cache: Any) -> Any:
         """What the model returned, in tensors of its own and with the caller's cache."""
