@@ -37,7 +37,7 @@ def same_kernel(case: PagedCase) -> bool:
     packed_alone = size % 64 != 0 and size not in (16, 32)
     hopper = (
         case.packed.q.is_cuda and torch.cuda.get_device_capability()[0] == 9
-        and case.packed.q.dtype != torch.float32 and dim in (64, 128) and case.packed.spec.block_q == 128
+        and case.packed.q.dtype != torch.float32 and (dim == 64 or dim >= 128) and case.packed.spec.block_q == 128
     )  # fmt: skip
     return not (hopper and packed_alone)
 

@@ -118,6 +118,10 @@ BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, con
   p.v = prefill_keys(args, "v", v, batch, call.v);
   for (int64_t dim = 0; dim < k.dim(); ++dim) args.size("v", v, dim, k.size(dim), "as in k");
   args.groups(q.size(1), k.size(1));
+  if (q.is_cuda()) {
+    call.items_taken = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    p.items_taken = static_cast<int32_t*>(call.items_taken->data_ptr());
+  }
   return call;
 }
 

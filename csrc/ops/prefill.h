@@ -86,7 +86,7 @@ SelectBlocksParams prepare_select_blocks(const Arguments& args, const PrefillBat
 // Without mask and results.
 struct BlockSparseCall {
   BlockSparseParams params{};
-  std::optional<Tensor> q, k, v;
+  std::optional<Tensor> q, k, v, items_taken;
 };
 BlockSparseCall prepare_block_sparse(const Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const PrefillBatch& batch, double scale);

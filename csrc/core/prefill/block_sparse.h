@@ -36,6 +36,7 @@ struct BlockSparseParams {
   const uint32_t* mask;  // [num_query_block_slots, Hm, mask_words] contiguous: bit i of word w is key block 32 w + i
   void* out;             // [N, Hq, D] contiguous
   void* lse;             // [N, Hq] contiguous fp32 (fp64 for fp64)
+  int32_t* items_taken;  // CUDA: a number to count with
 };
 
 // Head of the mask that query head `head` uses.

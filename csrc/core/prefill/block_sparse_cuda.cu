@@ -215,7 +215,7 @@ cudaError_t block_sparse_attention_cuda(const BlockSparseParams& params, cudaStr
   DeviceFacts device;
   cudaError_t error = device_facts(device);
   if (error != cudaSuccess) return error;
-  if (block_sparse_on_hopper(params, device)) return block_sparse_attention_hopper(params, stream);
+  if (block_sparse_on_hopper(params, device)) return block_sparse_attention_hopper(params, device, stream);
   error = cudaErrorInvalidValue;
   UA_DISPATCH_CUDA_DTYPE(params.dtype, T, {
     error = params.head_dim <= 64    ? launch<T, 64>(params, stream)
