@@ -140,3 +140,23 @@ def test_blocks_come_ahead_a_few_layers_at_a_time():
     feed(cache, 1, 30)
     assert storages[0].k.data_ptr() == place
     assert all(index_is_exact(layer) is None for layer in cache.layers)
+
+
+def test_no_memory_for_blocks_to_come(monkeypatch):
+    cache = paged_cache(batch=1, length=20)
+    table = cache.layers[0]._table
+    while table.pool.num_free >= 2:
+        feed(cache, 1, 1)
+    asked = []
+
+    def full(self, num_blocks):
+        asked.append(num_blocks)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStorage, "fit", full)
+        for _ in range(3):
+            table.grow_ahead()
+    assert len(asked) == 1
+    feed(cache, 1, 100)
+    assert all(index_is_exact(layer) is None for layer in cache.layers)

@@ -97,7 +97,7 @@ class PagedTable:
         self.padding = padding  # left padding of each row
         self.version = 0
         self.last: Change | None = None  # what led to this version
-        self._ahead = 0  # blocks for which memory is being made
+        self._ahead: int | None = 0  # blocks for which memory is being made; None if there was none
         self.layout = object()  # another one whenever a row gets other blocks
         self.lease: Any = None  # what lends the storage, if something does: kept as long as the table and its forks
         self._devices: dict[torch.device, _DeviceTables] = {}
@@ -178,20 +178,27 @@ class PagedTable:
     def grow_ahead(self) -> None:
         """Have memory for blocks to come, a few layers at each call, so that no step has to grow them all.
 
-        To be called while the device is busy.
+        To be called while the device is busy. Where there is none, that is left to the step that cannot do without.
         """
+        if self._ahead is not None:
+            try:
+                self._grow_ahead(self._ahead)
+            except torch.OutOfMemoryError:
+                self._ahead = None  # asking again in every step would take time
+
+    def _grow_ahead(self, ahead: int) -> None:
         pool = self.pool
-        if self._ahead <= pool.num_blocks:
+        if ahead <= pool.num_blocks:
             if pool.num_free >= 2 * self.batch:
                 return
-            self._ahead = pool.num_blocks + self._spare_blocks()
-        behind = [each.storage for each in self.storages if each.storage.num_blocks < self._ahead]
+            self._ahead = ahead = pool.num_blocks + self._spare_blocks()
+        behind = [each.storage for each in self.storages if each.storage.num_blocks < ahead]
         a_few = -(-len(self.storages) * 2 // pool.block_size)  # done before the blocks that there are have been filled
         for storage in behind[:a_few]:
-            if self._ahead <= storage.capacity:
-                storage.fit(self._ahead)
+            if ahead <= storage.capacity:
+                storage.fit(ahead)
         if len(behind) <= a_few:
-            pool.grow(self._ahead)
+            pool.grow(ahead)
 
     def _spare_blocks(self) -> int:
         return max(self.pool.num_blocks // 16, self.batch * SPARE_TOKENS // self.pool.block_size, 1)
