@@ -106,28 +106,27 @@ def test_equals_uncaptured(device: str, padding: list[int] | None, settings: dic
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", WINDOWS)
-@pytest.mark.parametrize("length", [20, WINDOW - 1, WINDOW, 100])
-@pytest.mark.parametrize("padding", [None, [9, 0]], ids=["even", "padded"])
+@pytest.mark.parametrize(("length", "padding"), [(20, None), (WINDOW - 1, [9, 0]), (WINDOW, None), (100, [9, 0])])
 def test_layers_with_a_window(
     device: str, family: str, length: int, padding: list[int] | None, steps: list[int]
 ) -> None:
     """Their tokens are in rings of blocks. Stock attention sums in another order."""
     model, inputs = on(device, family), inputs_on(device, length=length, padding=padding)
-    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 90}
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 60}
     wanted = uncaptured(model, inputs, **settings)
     for _ in range(2):
         got = generated(model, inputs, **settings)
         assert torch.equal(got.sequences, wanted.sequences)
         for a, b in zip(got.logits, wanted.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert steps[1] > 150
+    assert steps[1] > 100
     assert all(
         layer.keys.shape == other.keys.shape
         for layer, other in zip(got.past_key_values.layers, wanted.past_key_values.layers, strict=True)
     )
     for layer, other in zip(got.past_key_values.layers, wanted.past_key_values.layers, strict=True):
         for row, pad in enumerate(padding or [0, 0]):
-            begin = max(0, pad - (length + 89 - layer.keys.shape[2]))
+            begin = max(0, pad - (length + 59 - layer.keys.shape[2]))
             torch.testing.assert_close(layer.keys[row, :, begin:], other.keys[row, :, begin:], rtol=1e-3, atol=1e-4)
 
 
@@ -165,7 +164,6 @@ def test_layers_with_states(family: str, beams: int, steps: list[int]) -> None:
         "bamba",
         "nemotron_h",
         "llama4_text",
-        "csm",
     ],
 )
 def test_families(family: str, steps: list[int]) -> None:
@@ -186,9 +184,7 @@ def test_families(family: str, steps: list[int]) -> None:
     assert torch.equal(found[0]["sequences"], found[1]["sequences"])
     if "logits" in found[0]:
         torch.testing.assert_close(found[1]["logits"], found[0]["logits"], rtol=1e-3, atol=1e-4)
-    assert (
-        steps[1] > 0 or family in ("llama4_text", "csm", "qwen2_vl") or int(transformers.__version__.split(".")[0]) < 5
-    )
+    assert steps[1] > 0 or family in ("llama4_text", "qwen2_vl") or int(transformers.__version__.split(".")[0]) < 5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
@@ -242,10 +238,10 @@ def test_one_graph_serves_calls_of_a_kind(device: str, steps: list[int]) -> None
 def test_wider_block_tables(device: str, steps: list[int]) -> None:
     """A step from which on a block table is wider runs in another graph."""
     model, inputs = on(device), inputs_on(device, padding=[9, 0])
-    wanted = uncaptured(model, inputs, max_new_tokens=300)
-    assert torch.equal(generated(model, inputs, max_new_tokens=300), wanted)
-    assert steps[0] > 2
-    assert steps[1] > 280
+    wanted = uncaptured(model, inputs, max_new_tokens=150)
+    assert torch.equal(generated(model, inputs, max_new_tokens=150), wanted)
+    assert steps[0] >= 2
+    assert steps[1] > 130
 
 
 @pytest.mark.parametrize("device", DEVICES)

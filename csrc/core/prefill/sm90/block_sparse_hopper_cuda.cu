@@ -23,7 +23,7 @@ template <int D>
 struct Tiling {
   static constexpr int kHalves = D > 128 ? 1 : 2;  // of a tile of keys
   static constexpr int kKeys = kHalves * kHalf;
-  static constexpr int kOuts = D > 128 ? 2 : 1;  // products that make the outputs of a tile
+  [[maybe_unused]] static constexpr int kOuts = D > 128 ? 2 : 1;  // products that make the outputs of a tile
   static constexpr int kTiles = D / kTileChannels;
   static constexpr int kQueryStages = D > 128 ? 2 : 4;  // a warpgroup uses every second one
   static constexpr int kKeyStages = D > 64 ? 2 : 3;
