@@ -103,7 +103,7 @@ class CapturedSteps:
             return None
         if ids.shape[1] != 1:
             return None
-        if state.table.lease is None or recorders(self._hook, SelectionRecord):
+        if state.table.lease is None or not state.table.storages or recorders(self._hook, SelectionRecord):
             return None
         call = _call(kwargs, name, ids.device)
         if isinstance(call, str):
