@@ -26,5 +26,5 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|npt|transformers|collections|typing|pathlib|contextlib|pybind11_builtins)\..*"),
-    ("py:class", r"Tensor|Path|unique_attn\.(hf\.model\.Model|_checked\.CheckedConfig)"),
+    ("py:class", r"Tensor|Path|unique_attn\.(hf\.model\.Model|memory\.GrowingTensor|_checked\.CheckedConfig)"),
 ]

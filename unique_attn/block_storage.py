@@ -15,7 +15,7 @@ Kind = tuple[Any, ...]  # what storages must have in common to take each other's
 
 
 class BlockStorage:
-    """``k``, ``v`` ``[capacity, H, block_size, D]`` and ``index``; the first :attr:`num_blocks` blocks may be used."""
+    """``k``, ``v`` ``[capacity, H, block_size, D]`` and ``index``; the first ``num_blocks`` blocks may be used."""
 
     def __init__(self, k: GrowingTensor, v: GrowingTensor, index: GrowingTensor, kind: Kind | None = None) -> None:
         self._k, self._v, self._index = k, v, index

@@ -82,7 +82,7 @@ class PagedTable:
 
     The layers of a model all go through the same operations, one layer after the other. The first layer to
     reach an operation has it carried out here, with the copies of blocks that it takes in the storage of every layer;
-    the others find its :class:`Change`. To tell which is which, a layer passes the ``version`` it has reached;
+    the others find its ``Change``. To tell which is which, a layer passes the ``version`` it has reached;
     afterwards it is at the next one. A layer that fell out of step (an exception in the middle of a forward, say) gets
     an :class:`OutOfStepError`.
 

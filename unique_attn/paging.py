@@ -23,7 +23,7 @@ from unique_attn.config import UniqueConfig
 from unique_attn.page_table import OutOfStepError, PagedTable, SharedPool
 from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY_TOKENS
 
-__all__ = ["LayerPages", "OutOfStepError", "PagedTable", "SharedPool", "unsupported"]
+__all__ = ["BlockStorage", "LayerPages", "OutOfStepError", "PagedTable", "SharedPool", "unsupported"]
 
 
 class LayerPages:
