@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from hf_helpers import SHAPE, prompt, run_and_collect, tiny
-from hf_prefill_cases import CLOSE, EXACT, PADDING, SPARSE, enabled, score
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from hf_prefill_cases import CLOSE, EXACT, SPARSE, enabled, score
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import unique_attn as ua
 from unique_attn.hf import attention, compat, masks
@@ -109,17 +109,6 @@ def test_output_attentions():
     torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
     torch.testing.assert_close(output.attentions[2], expected.attentions[2], rtol=1e-4, atol=1e-5)
     assert messages == ["unique_attn: LlamaAttention is dense in this call: output_attentions needs all weights"]
-
-
-@torch.no_grad()
-def test_static_cache():
-    """It has room behind the last token, so the queries are not the last of its tokens."""
-    model, inputs = enabled(), prompt(length=200, padding=PADDING)
-    cache = StaticCache(config=model.config, max_cache_len=256)
-    output, messages = run_and_collect(lambda: score(model, inputs, past_key_values=cache))
-    torch.testing.assert_close(output, score(tiny(), inputs), **CLOSE)
-    (message,) = messages
-    assert "LlamaAttention is dense: its keys are not those of a layer of a DynamicCache" in message
 
 
 class _OtherCache(DynamicCache):

@@ -127,12 +127,13 @@ class LayerPages:
 
     def step(
         self,
-        new: tuple[Tensor, Tensor, Tensor],
+        new: tuple[Tensor, Tensor | None, Tensor | None],
         block_table: Tensor,
         seq_lens: Tensor,
         num_pages: int,
         scale: float | None,
         window: int = 0,
+        budget_pages: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.unique_decode`` of q, k and v in ``new``, at most ``MAX_QUERY_TOKENS`` tokens, with the settings."""
         config = self.config
@@ -151,6 +152,7 @@ class LayerPages:
             recent_pages=config.recent_pages,
             scale=scale,
             window=window,
+            budget_pages=budget_pages,
             index_format=config.index_format,
         )
 
@@ -170,14 +172,27 @@ class LayerPages:
         Returns:
             ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected ``pages`` ``[B, T, H, num_pages]``.
         """
-        num_tokens = q.shape[1]
         seq_lens, block_table = table.seq_lens(self.device), table.block_table(self.device)
-        k, v = _unit_stride(k), _unit_stride(v)
+        return self.attend(q, _unit_stride(k), _unit_stride(v), block_table, seq_lens, self.config.num_pages, scale)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        num_pages: int,
+        scale: float | None,
+        budget_pages: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`decode`, for tokens that ``seq_lens`` counts; k and v are None if they are stored."""
+        num_tokens = q.shape[1]
 
         def piece(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
             lens = seq_lens if end == num_tokens else seq_lens - (num_tokens - end)
-            new = (q[:, begin:end], k[:, begin:end], v[:, begin:end])
-            return self.step(new, block_table, lens, self.config.num_pages, scale)
+            new = (q[:, begin:end], None if k is None else k[:, begin:end], None if v is None else v[:, begin:end])
+            return self.step(new, block_table, lens, num_pages, scale, budget_pages=budget_pages)
 
         if num_tokens <= MAX_QUERY_TOKENS:  # longer steps run in pieces
             return piece(0, num_tokens)

@@ -74,5 +74,12 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
                                                  int64_t index_format, double spread_weight, int64_t sink_pages,
                                                  int64_t recent_pages, double scale, int64_t window,
                                                  std::optional<Tensor> budget_pages);
+// The same without k and v, by a schema that leaves k_cache and v_cache unwritten.
+std::tuple<Tensor, Tensor, Tensor> unique_decode_stored(Tensor q, Tensor k_cache, Tensor v_cache, Tensor index,
+                                                        Tensor block_table, Tensor seq_lens, int64_t num_pages,
+                                                        int64_t page_size, int64_t rule, int64_t index_format,
+                                                        double spread_weight, int64_t sink_pages, int64_t recent_pages,
+                                                        double scale, int64_t window,
+                                                        std::optional<Tensor> budget_pages);
 
 }  // namespace unique_attn

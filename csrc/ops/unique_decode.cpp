@@ -54,4 +54,15 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode(Tensor q, std::optional<Tensor>
   return {attention.out, attention.lse, selection.pages};
 }
 
+std::tuple<Tensor, Tensor, Tensor> unique_decode_stored(Tensor q, Tensor k_cache, Tensor v_cache, Tensor index,
+                                                        Tensor block_table, Tensor seq_lens, int64_t num_pages,
+                                                        int64_t page_size, int64_t rule, int64_t index_format,
+                                                        double spread_weight, int64_t sink_pages, int64_t recent_pages,
+                                                        double scale, int64_t window,
+                                                        std::optional<Tensor> budget_pages) {
+  return unique_decode(q, std::nullopt, std::nullopt, k_cache, v_cache, index, block_table, seq_lens, num_pages,
+                       page_size, rule, index_format, spread_weight, sink_pages, recent_pages, scale, window,
+                       budget_pages);
+}
+
 }  // namespace unique_attn

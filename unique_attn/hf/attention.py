@@ -42,12 +42,12 @@ from unique_attn.hf.reasons import (
     unknown_reason,
     warn_dense,
 )
+from unique_attn.hf.static_cache import COMPILED, LISTED, traced_step
 from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
 
 __all__ = ["UnsupportedFeatureError", "unique_attention_forward", "unique_mask"]
 
-_LISTED = Refusal("listed in dense_layers", lasting=True, quiet=True)
 _BYSTANDER = Refusal("a model that shares its config was enabled, and its own was not", lasting=True)
 _CHANGED = Refusal("it changes the keys or values that it gets from its cache", lasting=True)
 
@@ -86,8 +86,9 @@ def unique_attention_forward(
     hook = hook_of(module)
     if hook is None and not is_traced():
         hook = attach_late(module)
-    given = handed_over(key, value)
+    given = traced_step(key, value, query.shape[2]) if is_traced() else handed_over(key, value)
     if given is None:
+        key, value = _masked_part(key, value, attention_mask)
         changed = isinstance(key, CachedTensor) or isinstance(value, CachedTensor)
         key, value = whole(key, _CHANGED), whole(value, _CHANGED)
         dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
@@ -95,8 +96,8 @@ def unique_attention_forward(
             return _training(hook, *dense, unknown)
         if changed:
             warn_dense(module, _CHANGED)
-        elif hook is not None and not is_traced():
-            if query.shape[2] == key.shape[2]:  # else nobody knows at which positions the queries are
+        elif hook is not None:
+            if query.shape[2] == key.shape[2] and not is_traced():  # else nobody knows at which positions queries are
                 out = _prefill(hook, hook.config, *dense, _BYSTANDER if hook.bystander else unknown)
                 if out is not None:
                     return out, None
@@ -116,7 +117,11 @@ def unique_attention_forward(
         warn_dense(module, refusal)
     if hook.train is not None and module.training:
         warn_once(f"{_name(module)} has no training mask in calls that are given a cache", type(module), "cached")
-    key, value = whole(key, refusal), whole(value, refusal)
+    key, value = layer.gather(step, refusal) if is_traced() else (whole(key, refusal), whole(value, refusal))
+    if step.stored is not None:
+        key, value = key[:, :, : step.stored], value[:, :, : step.stored]
+        attention_mask = None if attention_mask is None else attention_mask[..., : step.stored]
+    key, value = _masked_part(key, value, attention_mask)
     _check_dtype(query, key, value)
     dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
     out = None if refusal.lasting else _prefill(hook, layer.config, *dense, unknown)
@@ -167,8 +172,11 @@ def _refusal(
 ) -> Refusal | None:
     """Why a step is attended to densely; None if it reads pages. All that there is to compare is compared here."""
     if getattr(module, "layer_idx", None) in layer.config.dense_layers:
-        return _LISTED
-    if layer.user is None or layer.user() is not module:
+        return LISTED
+    if is_traced():
+        if layer.user is None or layer.user() is not module:
+            return COMPILED
+    elif layer.user is None or layer.user() is not module:
         lasting = module_reason(module, layer.window)
         if lasting is not None:
             return lasting
@@ -191,7 +199,7 @@ def _sparse(
     kwargs: dict[str, Any],
 ) -> Tensor:
     out, lse, pages = layer.decode(step, query, scaling)
-    for records in recorders(hook, SelectionRecord):
+    for records in () if is_traced() else recorders(hook, SelectionRecord):
         records.append(SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
     return undifferentiable(_with_sinks(out, lse, kwargs), query)
 
@@ -317,6 +325,16 @@ def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool)
     return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
+def _masked_part(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In a compiled call: keys and values without those for which there is no mask.
+
+    A static cache that was given whole pages is longer than a mask that was made for it before.
+    """
+    if not is_traced() or mask is None or mask.shape[-1] >= key.shape[2]:
+        return key, value
+    return key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+
+
 def _check_dtype(query: Tensor, key: Tensor, value: Tensor) -> None:
     q, k, v = autocast_inputs(query, key, value)
     if not q.dtype == k.dtype == v.dtype:
@@ -342,9 +360,14 @@ def _warn_of_other_caches(
         if not refusal.quiet:
             warn_dense(module, refusal)
         return
+    if is_traced():
+        if query.shape[2] <= hook.config.max_decode_tokens:
+            warn_once(f"{_name(module)} is dense: {COMPILED.reason}", type(module), "compiled")
+        return
     warn_once(
-        f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache (latent, static, quantized, "
-        "offloaded and encoder-decoder caches have no pages, and a layer that is called by itself gets none)",
+        f"{_name(module)} is dense: its keys are not those of a layer of a DynamicCache or StaticCache (latent, "
+        "quantized, offloaded and encoder-decoder caches have no pages, static ones before transformers 5 neither, and "
+        "a layer that is called by itself gets none)",
         type(module),
         "cache",
     )

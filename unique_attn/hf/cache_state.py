@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,10 @@ class CacheState:
         self.met = False  # an enabled model was given the cache
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
         self.refused = False  # a mask with holes was seen: no pages until reset
+        self.checked = False  # some layer of a static cache looks at the masks of its steps
         self._trusted: tuple[weakref.ref[Tensor], list[int]] | None = None  # see trust()
         self._masks = MaskMemo()
+        self._last_row: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # of the mask asked about last
         self._watched: Tensor | None = None  # mask that was given to a MaskWatch last
         self._watches: dict[torch.device, MaskWatch] = {}
 
@@ -42,13 +45,30 @@ class CacheState:
 
     def reset(self) -> None:
         self.table, self.refused, self._masks, self._watched = None, False, MaskMemo(), None
-        self._trusted = None
+        self._trusted = self._last_row = None
+        self.checked = False
         self._watches.clear()
 
     def padding(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> list[int] | None:
         """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
         found = self._masks.padding(mask, batch, num_tokens, length, layer)
         return showing_new(found, num_tokens, length)
+
+    def padding_of_call(self, mask: Any, batch: int, length: int, layer: object) -> list[int] | None:
+        """Left padding of rows of ``length`` tokens by the ``attention_mask`` of a call, looked at once for all layers.
+
+        Args:
+            mask: None, ``[B, >= length]``, ``[B or 1, 1, T, >= length]``, or such by the kind of layer. Of a mask with
+                queries, what the last one sees counts.
+        """
+        if isinstance(mask, Mapping):
+            mask = mask.get("full_attention", False)
+        if isinstance(mask, Tensor):
+            if self._last_row is None or self._last_row[0]() is not mask or self._last_row[1] != length:
+                last = mask[:, None, None, :length].bool() if mask.dim() == 2 else mask[..., -1:, :length].clone()
+                self._last_row = weakref.ref(mask), length, last
+            mask = self._last_row[2]
+        return None if mask is False else self.padding(mask, batch, 1, length, layer)
 
     def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int, layer: object) -> bool:
         """Whether ``mask`` is causal with the padding of ``table``.
@@ -93,6 +113,7 @@ class CacheState:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         state = memo[id(self)] = CacheState(self.config)
         state.table, state.refused, state.met = copy.deepcopy(self.table, memo), self.refused, self.met
+        state.checked = self.checked
         return state
 
     def __reduce__(self) -> Any:

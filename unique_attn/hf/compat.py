@@ -19,7 +19,9 @@ try:
         DynamicCache,
         DynamicLayer,
         DynamicSlidingWindowLayer,
+        StaticCache,
     )
+    from transformers.cache_utils import StaticLayer as StockStaticLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -40,6 +42,8 @@ __all__ = [
     "GenerationMixin",
     "LinearAttentionLayer",
     "PreTrainedModel",
+    "StaticCache",
+    "StockStaticLayer",
     "cache_argument",
     "config_family",
     "cropped_length",
@@ -70,10 +74,22 @@ _families: dict[type, Family] = {}
 
 
 def warn_once(message: str, *key: Any) -> None:
-    """Warn, but only the first time in this process that these ``key`` values occur."""
+    """Warn, but only the first time in this process that these ``key`` values occur; while a model is compiled, too."""
+    if torch.compiler.is_compiling():
+        _warn_while_compiling(message, *key)
+    else:
+        _warn(message, key, 4)
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_compiling(message: str, *key: Any) -> None:
+    _warn(message, key, 4)
+
+
+def _warn(message: str, key: tuple[Any, ...], level: int) -> None:
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"unique_attn: {message}", UserWarning, stacklevel=3)
+        warnings.warn(f"unique_attn: {message}", UserWarning, stacklevel=level)
 
 
 def cropped_length(amount: int, length: int) -> int:
@@ -93,7 +109,7 @@ def cropped_length(amount: int, length: int) -> int:
 
 
 def is_traced() -> bool:
-    """Whether the model is being turned into a program now (``torch.compile``, ``torch.jit``): then it is dense."""
+    """Whether the model is being turned into a program now (``torch.compile``, ``torch.jit``): compiled or traced."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 

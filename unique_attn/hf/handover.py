@@ -30,9 +30,10 @@ class Step:
         full: all keys and values ``[B, H, length, D]``, once somebody has asked for them.
         refusal: why it is no step for pages, if the layer knew that without being asked.
         padding: left padding of each row, once a layer that is not on pages has looked at the mask.
+        stored: how many of the first ``length`` places hold a token; None for all, and where a mask says it.
     """
 
-    __slots__ = ("full", "k", "length", "padding", "refusal", "v")
+    __slots__ = ("full", "k", "length", "padding", "refusal", "stored", "v")
 
     def __init__(self, k: Tensor, v: Tensor, length: int) -> None:
         self.k = k
@@ -41,6 +42,7 @@ class Step:
         self.full: tuple[Tensor, Tensor] | None = None
         self.refusal: Refusal | None = None
         self.padding: list[int] | None = None
+        self.stored: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,10 +1,11 @@
-"""How settings get to a model and its caches: one pre-hook on the model, which keeps nothing of a call."""
+"""How settings get to a model and its caches: a hook before and after its forward, which keeps nothing of a call."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache import adopt, state_of
-from unique_attn.hf.compat import Cache, PreTrainedModel, is_traced
+from unique_attn.hf.compat import Cache, PreTrainedModel, StaticCache, is_traced
+from unique_attn.hf.static_cache import adopt_static, may_turn, turn_static
 
 if TYPE_CHECKING:
     from unique_attn.hf.training import TrainState
@@ -34,7 +36,7 @@ class Before(NamedTuple):
 
 
 class CacheHook:
-    """Settings of a model; called before its forward, it gives the caches among the arguments layers with pages.
+    """Settings of a model; called around its forward, it gives the caches among the arguments layers with pages.
 
     Caches are found by their type, whatever the argument is called. Every attention module has a reference to it.
 
@@ -61,17 +63,40 @@ class CacheHook:
         self.outermost = outermost
         self.bystander = bystander
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """Called before the forward of ``module``, and after it with its output."""
         if is_traced():
             return
         for given in (*args, *kwargs.values()):
-            if isinstance(given, Cache):
-                state = state_of(given)
-                if state is not None and state.met:
-                    continue
-                config = language_config(module)
-                if config is None or config._attn_implementation == IMPLEMENTATION:
-                    adopt(given, self.config, empty=self.outermost)
+            if not isinstance(given, Cache):
+                continue
+            if not output:
+                self.before_call(module, given)
+            if may_turn(given):
+                names = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+                self.turn(module, given, {**names.get("kwargs", {}), **names}.get("attention_mask"))
+
+    def before_call(self, module: nn.Module, cache: Cache) -> None:
+        """Give a cache that ``module`` is called with layers with pages."""
+        state = state_of(cache)
+        if state is not None and state.met:
+            return
+        config = language_config(module)
+        if config is None or config._attn_implementation == IMPLEMENTATION:
+            adopt(cache, self.config, empty=self.outermost)
+            adopt_static(cache, self.config)
+
+    def turn(self, module: nn.Module, cache: Cache, mask: Any) -> None:
+        """Have the layers of a static cache turn to pages that are not empty, if ``mask`` is that of a call with it."""
+        turn_static(cache, attention_modules(module), mask)
+
+    def after_compiled(self, module: nn.Module, given: Iterable[Any], mask: Any) -> None:
+        """As before and after a call, where neither was possible."""
+        for each in given:
+            if type(each) is StaticCache:
+                self.before_call(module, each)
+                if may_turn(each):
+                    self.turn(module, each, mask)
 
 
 def hook_of(module: nn.Module) -> CacheHook | None:
@@ -87,7 +112,9 @@ def attach(
     outer, inner = CacheHook(config, train, before, outermost=True), CacheHook(config, train, before)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(outer if module is model else inner, with_kwargs=True)
+            hook = outer if module is model else inner
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            module.register_forward_hook(hook, with_kwargs=True)
         if attends(module):
             setattr(module, _ATTRIBUTE, outer)
     with _attaching:
@@ -114,6 +141,7 @@ def attach_late(module: nn.Module) -> CacheHook:
         elif hook is None:
             hook = CacheHook(saved_settings(config))
             module.register_forward_pre_hook(hook, with_kwargs=True)
+            module.register_forward_hook(hook, with_kwargs=True)
         setattr(module, _ATTRIBUTE, hook)
         return hook
 
@@ -123,10 +151,14 @@ def detach(model: nn.Module) -> None:
     with _attaching:
         _enabled.pop(model, None)
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, CacheHook):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, CacheHook):
+                    del hooks[key]
+                    with_kwargs.pop(key, None)
         vars(module).pop(_ATTRIBUTE, None)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from unique_attn.hf.captured import CapturedSteps
 from unique_attn.hf.compat import GenerationMixin, is_traced
-from unique_attn.hf.hooks import attention_modules, hook_of
+from unique_attn.hf.hooks import CacheHook, attention_modules, hook_of
 
 _STEPS = "_unique_attn_steps"  # attribute of an enabled model; None in a copy that has not been called
 _EXTENDS = "_update_model_kwargs_for_generation"  # the method of transformers that puts ones behind the mask
@@ -69,6 +69,9 @@ def _watched(cls: Any) -> Any:
         steps = vars(self).get(_STEPS)
         if steps is not None:
             steps.extended(before, made)
+        hook = next((each for each in self._forward_pre_hooks.values() if isinstance(each, CacheHook)), None)
+        if hook is not None:  # if the whole call was compiled, hooks were as well, and did nothing
+            hook.after_compiled(self, made.values(), before)
         return made
 
     names: dict[str, Any] = {

@@ -9,6 +9,7 @@ from unique_attn.ops._shared import same_device, softmax_scale
 from unique_attn.rules import format_id, rule_info, weight_of
 
 _OP = torch.ops.unique_attn.unique_decode.default
+_STORED = torch.ops.unique_attn.unique_decode.stored
 
 
 def unique_decode(
@@ -64,60 +65,30 @@ def unique_decode(
     scale = softmax_scale(q) if scale is None else float(scale)
     if torch.is_grad_enabled():
         reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    return _OP(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        index,
-        block_table,
-        seq_lens,
-        num_pages,
-        page_size,
-        info.id,
-        format_id(index_format, rule),
-        weight,
-        sink_pages,
-        recent_pages,
-        scale,
-        window,
-        budget_pages,
-    )
+    index_id = format_id(index_format, rule)
+    numbers = (num_pages, page_size, info.id, index_id, weight, sink_pages, recent_pages, scale, window, budget_pages)
+    if k is None and v is None:
+        return _STORED(q, k_cache, v_cache, index, block_table, seq_lens, *numbers)
+    return _OP(q, k, v, k_cache, v_cache, index, block_table, seq_lens, *numbers)
 
 
 @torch.library.register_fake("unique_attn::unique_decode")
-def _(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    index,
-    block_table,
-    seq_lens,
-    num_pages,
-    page_size,
-    rule,
-    index_format,
-    spread_weight,
-    sink_pages,
-    recent_pages,
-    scale,
-    window,
-    budget_pages,
-):
+def _(q, k, v, k_cache, v_cache, index, block_table, seq_lens, *numbers):  # type: ignore[no-untyped-def]
+    same_device("unique_decode", q=q, k=k, v=v)
+    return _stored(q, k_cache, v_cache, index, block_table, seq_lens, *numbers)
+
+
+@torch.library.register_fake("unique_attn::unique_decode.stored")
+def _stored(q, k_cache, v_cache, index, block_table, seq_lens, num_pages, *numbers):  # type: ignore[no-untyped-def]
     same_device(
         "unique_decode",
         q=q,
-        k=k,
-        v=v,
         k_cache=k_cache,
         v_cache=v_cache,
         index=index,
         block_table=block_table,
         seq_lens=seq_lens,
-        budget_pages=budget_pages,
+        budget_pages=numbers[-1],
     )
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     pages = q.new_empty((q.shape[0], q.shape[1], k_cache.shape[1], num_pages), dtype=torch.int32)
