@@ -34,14 +34,17 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sides_are_timed(batch: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     file = tmp_path / "result.json"
+    static = ["static", "unique-static_exact", "unique-static_compressed"] if batch == 1 else []
     more = ["--batch", str(batch), "--context", "256", "--new-tokens", "80", "--out", str(file)]
+    more += ["--static"] if static else []
     assert main(["generate", *argv, *more]) == 0
     (case,) = json.loads(file.read_text("utf-8"))["cases"]
-    assert list(case["sides"]) == SIDES
+    calls = [*SIDES[:4], *static]
+    assert list(case["sides"]) == [*calls, *SIDES[4:]]
     assert all(side["median_ms"] > 0 for side in case["sides"].values())
-    assert set(case["speedups"]) == {"off_exact", "unique_exact", "unique_compressed"}
+    assert set(case["speedups"]) == {"off_exact", "unique_exact", "unique_compressed", *static[1:]}
     assert set(case["over_step"]) == {"unique_exact", "unique_compressed"}
-    for name in SIDES[:4]:
+    for name in calls:
         side = case["sides"][name]
         assert "tokens" not in side
         assert side["first_ms"] > 0
@@ -70,7 +73,7 @@ def test_a_side_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     use = generate.use
 
     def failing(model: Any, side: Any) -> Any:
-        if not isinstance(side, str) and side.index_format == "compressed":
+        if side.config is not None and side.config.index_format == "compressed":
             raise RuntimeError("not today")
         return use(model, side)
 

@@ -2,7 +2,7 @@
 
 transformers' Llama with random weights, made on the device, reads random prompts and decodes greedily. Sides are stock
 attention as it comes (``sdpa``), with ``--static`` also the fastest way that transformers has (a static cache, compiled
-by itself), and the same call after ``unique_attn.enable(model)``. ``off`` has ``graphs="off"``: no captured steps.
+by itself), and the same calls after ``unique_attn.enable(model)``. ``off`` has ``graphs="off"``: no captured steps.
 ``step`` is the floor: the captured step of ``benchmarks model`` for the same shape, without transformers' loop.
 
 A stopping criterion notes when each token is there. The time of a token is the mean over the last ``LAST`` of a
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ PRESETS: dict[str, Sequence[Grid]] = {
 }
 PRESETS["table"] = [*PRESETS["16_layers"], *PRESETS["32_layers"]]
 COMMITTED = {"cuda": [["--preset", "16_layers"], ["--preset", "32_layers"]]}
-STOCK, STATIC, OFF, UNIQUE, STEP = "sdpa", "static", "off", "unique", "step"
+STOCK, STATIC, OFF, UNIQUE, COMPILED, STEP = "sdpa", "static", "off", "unique", "unique-static", "step"
 FIRST = 8  # tokens of a call that are not looked at for the slowest: pages are entered there
 LAST = 64  # tokens at the end of a call whose mean is its time per token
 WARM = 12  # tokens of a call before the timed ones
@@ -114,27 +114,35 @@ def settings_of(o: Shape, index_format: str, graphs: str) -> UniqueConfig:
     )
 
 
-def sides_of(o: Shape, formats: Sequence[str], static: bool) -> dict[str, UniqueConfig | str]:
-    """Settings of every side that is a call of ``generate()``; the name of a cache for stock attention."""
-    sides: dict[str, UniqueConfig | str] = {STOCK: "dynamic"}
-    sides[f"{OFF}_{formats[0]}"] = settings_of(o, formats[0], "off")
+class Side(NamedTuple):
+    """A call of ``generate()``: the settings of an enabled model, None for stock attention, and the kind of cache."""
+
+    config: UniqueConfig | None
+    cache: str = "dynamic"
+
+
+def sides_of(o: Shape, formats: Sequence[str], static: bool) -> dict[str, Side]:
+    """Every side that is a call of ``generate()``."""
+    sides = {STOCK: Side(None), f"{OFF}_{formats[0]}": Side(settings_of(o, formats[0], "off"))}
     for each in formats:
-        sides[f"{UNIQUE}_{each}"] = settings_of(o, each, "auto")
-    if static:
-        sides[STATIC] = "static"  # the last one: what was compiled stays in memory
+        sides[f"{UNIQUE}_{each}"] = Side(settings_of(o, each, "auto"))
+    if static:  # at the end: what was compiled stays in memory
+        sides[STATIC] = Side(None, "static")
+        for each in formats:
+            sides[f"{COMPILED}_{each}"] = Side(settings_of(o, each, "auto"), "static")
     return sides
 
 
-def use(model: Any, side: UniqueConfig | str) -> dict[str, Any]:
+def use(model: Any, side: Side) -> dict[str, Any]:
     """Have ``model`` attend as a side does; what ``generate()`` is given for it."""
     import unique_attn
 
-    if not isinstance(side, str):
-        unique_attn.enable(model, side)
-        return {}
-    unique_attn.disable(model)
-    model.set_attn_implementation("sdpa")
-    return {} if side == "dynamic" else {"cache_implementation": side}
+    if side.config is not None:
+        unique_attn.enable(model, side.config)
+    else:
+        unique_attn.disable(model)
+        model.set_attn_implementation("sdpa")
+    return {} if side.cache == "dynamic" else {"cache_implementation": side.cache}
 
 
 def generate(model: Any, ids: Tensor, tokens: int, more: Mapping[str, Any]) -> tuple[Tensor, float, Arrivals]:
@@ -156,7 +164,7 @@ def generate(model: Any, ids: Tensor, tokens: int, more: Mapping[str, Any]) -> t
     return out, begin, arrivals
 
 
-def time_calls(model: Any, ids: Tensor, tokens: int, repeats: int, side: UniqueConfig | str) -> dict[str, Any]:
+def time_calls(model: Any, ids: Tensor, tokens: int, repeats: int, side: Side) -> dict[str, Any]:
     """Medians over ``repeats`` calls of ``tokens`` new tokens, after one that warms up."""
     more = use(model, side)
     device = ids.device
@@ -227,7 +235,7 @@ def measure_shape(o: Shape, ceilings: Ceilings, options: argparse.Namespace) -> 
     model = model_sides.new_model(o, device)
     generator = torch.Generator(device).manual_seed(1)
     ids = torch.randint(1, o.vocab, (o.batch, o.context - tokens), generator=generator, device=device)
-    generate(model, ids[:, :WARM], 2, use(model, "dynamic"))  # what libraries set up in their first calls
+    generate(model, ids[:, :WARM], 2, use(model, Side(None)))  # what libraries set up in their first calls
     found: dict[str, dict[str, Any]] = {}
     for name, side in sides_of(o, options.index_formats, options.static).items():
         try:
@@ -237,7 +245,7 @@ def measure_shape(o: Shape, ceilings: Ceilings, options: argparse.Namespace) -> 
         said = found[name].get("failed") or f"{found[name]['median_ms']:.3f} ms"
         tqdm.write(f"  {name} {said}", file=sys.stderr)
     _check(found, options.index_formats[0])
-    use(model, "dynamic")
+    use(model, Side(None))
     _clean(device)
     steps = {f"{STEP}_{each}": _floor(o, model, each, device, options) for each in options.index_formats}
     return {"new_tokens": tokens, "sides": {**found, **steps}, **_compared(found, steps)}
@@ -281,7 +289,7 @@ def _compared(found: Mapping[str, Mapping[str, Any]], steps: Mapping[str, Mappin
     over = {}
     for name in ours:
         step = steps.get(f"{STEP}_{name.partition('_')[2]}", {})
-        if name.startswith(UNIQUE) and "median_ms" in step:
+        if name.startswith(f"{UNIQUE}_") and "median_ms" in step:
             over[name] = round(timed[name]["median_ms"] / step["median_ms"], 4)
     return {"speedups": speedups, "over_step": over}
 
