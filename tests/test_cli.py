@@ -56,7 +56,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         ("examples.demo --model no/such --device cpu --quiet", 1, "cannot load 'no/such' as a local folder or a Hugg"),
         ("examples.finetune --steps 0 --device cpu", 1, "--steps: expected at least 1, got 0"),
         ("unique_attn info --yaml", 2, "unrecognized arguments: --yaml; see `python -m unique_attn info --help`"),
-        ("unique_attn everything", 2, "no command 'everything': expected one of info"),
+        ("unique_attn everything", 2, "no command 'everything': expected one of calibrate, info"),
         ("unique_attn bench", 2, "'bench' is no part of the package: in a checkout, `python -m benchmarks`"),
         (
             "unique_attn bench decode --context 8192",

@@ -18,6 +18,8 @@ from unique_attn.train_config import TrainConfig
 if TYPE_CHECKING:
     from unique_attn import hf, reference, reference_index, train, viz
     from unique_attn._runtime import PagePool, PoolFullError
+    from unique_attn.calibration.result import Calibration
+    from unique_attn.calibration.run import calibrate
     from unique_attn.hf.cache import UniqueCache
     from unique_attn.hf.callback import SparsityCallback
     from unique_attn.hf.graphed import GraphedDecoder
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from unique_attn.prefill import PrefillRecord
 
 __all__ = [
+    "Calibration",
     "GraphedDecoder",
     "PagePool",
     "PoolFullError",
@@ -36,6 +39,7 @@ __all__ = [
     "UniqueCache",
     "UniqueConfig",
     "__version__",
+    "calibrate",
     "disable",
     "enable",
     "hf",
@@ -50,6 +54,7 @@ __all__ = [
 
 # Imported at first use: transformers takes seconds, and not everybody has it.
 _LAZY = {
+    "Calibration": "unique_attn.calibration.result",
     "GraphedDecoder": "unique_attn.hf.graphed",
     "PagePool": "unique_attn._runtime",
     "PoolFullError": "unique_attn._runtime",
@@ -57,6 +62,7 @@ _LAZY = {
     "SelectionRecord": "unique_attn.hf.hooks",
     "SparsityCallback": "unique_attn.hf.callback",
     "UniqueCache": "unique_attn.hf.cache",
+    "calibrate": "unique_attn.calibration.run",
     "disable": "unique_attn.hf.model",
     "enable": "unique_attn.hf.model",
     "record_prefill": "unique_attn.hf.model",

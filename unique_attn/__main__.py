@@ -11,6 +11,7 @@ from unique_attn import _command
 from unique_attn._version import __version__
 
 COMMANDS = {
+    "calibrate": ("unique_attn.calibration.command", "which budget, rule and page size a model can take, measured"),
     "info": ("unique_attn.info", "versions, what was compiled, whether the CUDA kernels run here"),
 }
 OF_A_CHECKOUT = {"bench": "benchmarks", "demo": "examples.demo", "report": "benchmarks report"}
@@ -18,7 +19,7 @@ OF_A_CHECKOUT = {"bench": "benchmarks", "demo": "examples.demo", "report": "benc
 
 def usage() -> str:
     lines = ["usage: python -m unique_attn COMMAND [options]", ""]
-    lines += [f"  {name:<8} {help}" for name, (_, help) in COMMANDS.items()]
+    lines += [f"  {name:<10} {help}" for name, (_, help) in COMMANDS.items()]
     lines += [
         "",
         "`python -m unique_attn COMMAND --help` lists the options of one command, `--version` prints the version.",

@@ -21,7 +21,7 @@ from unique_attn import ops
 from unique_attn.block_storage import BlockStorage
 from unique_attn.config import UniqueConfig
 from unique_attn.page_table import OutOfStepError, PagedTable, SharedPool
-from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY_TOKENS
+from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_PAGES, MAX_QUERY_TOKENS, PAGE_SIZES
 
 __all__ = ["BlockStorage", "LayerPages", "OutOfStepError", "PagedTable", "SharedPool", "unsupported"]
 
@@ -199,6 +199,28 @@ class LayerPages:
         borders = [*range(0, num_tokens, MAX_QUERY_TOKENS), num_tokens]
         outs, lses, pages = zip(*(piece(begin, end) for begin, end in pairwise(borders)))
         return torch.cat(outs, 1), torch.cat(lses, 1), torch.cat(pages, 1)
+
+    @torch.no_grad()
+    def lse_of_all(self, q: Tensor, block_table: Tensor, seq_lens: Tensor, length: int, scale: float | None) -> Tensor:
+        """Logarithm of the softmax normalizers ``[B, T, Hq]`` of queries ``[B, T, Hq, D]`` over all tokens, at most
+        ``length`` of a row; with those of selected pages, it tells the share of attention that these hold.
+        """
+        size = max(size for size in PAGE_SIZES if self.k.shape[2] % size == 0)
+        count = -(-length // size)
+        lses = []
+        for begin in range(0, q.shape[1], MAX_QUERY_TOKENS):
+            part = q[:, begin : begin + MAX_QUERY_TOKENS]
+            lens = seq_lens - (q.shape[1] - begin - part.shape[1])
+            shape = (q.shape[0], part.shape[1], self.k.shape[1])
+            parts = []
+            for first in range(0, count, MAX_PAGES):
+                pages = torch.arange(first, min(count, first + MAX_PAGES), dtype=torch.int32, device=q.device)
+                pages = torch.where(pages < -(-lens // size)[:, None], pages, -1)  # [B, pages]
+                pages = pages[:, None, None].expand(*shape, -1).contiguous()
+                given = (part, self.k, self.v, pages, block_table, lens)
+                parts.append(ops.sparse_decode(*given, page_size=size, scale=scale)[1])
+            lses.append(torch.stack(parts).logsumexp(0))
+        return torch.cat(lses, 1)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:

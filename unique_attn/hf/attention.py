@@ -30,7 +30,7 @@ from unique_attn.hf.handover import (
     undifferentiable,
     whole,
 )
-from unique_attn.hf.hooks import CacheHook, SelectionRecord, attach_late, hook_of, recorders
+from unique_attn.hf.hooks import CacheHook, MassRecord, SelectionRecord, attach_late, hook_of, recorders
 from unique_attn.hf.prefill import attend
 from unique_attn.hf.reasons import (
     SINKS,
@@ -199,8 +199,12 @@ def _sparse(
     kwargs: dict[str, Any],
 ) -> Tensor:
     out, lse, pages = layer.decode(step, query, scaling)
-    for records in () if is_traced() else recorders(hook, SelectionRecord):
-        records.append(SelectionRecord(getattr(module, "layer_idx", -1), layer.seq_lens, pages))
+    if not is_traced():
+        layer_idx = getattr(module, "layer_idx", -1)
+        for selections in recorders(hook, SelectionRecord):
+            selections.append(SelectionRecord(layer_idx, layer.seq_lens, pages))
+        for masses in recorders(hook, MassRecord):
+            masses.append(MassRecord(layer_idx, (lse - layer.lse_of_all(query, scaling)).exp()))
     return undifferentiable(_with_sinks(out, lse, kwargs), query)
 
 

@@ -193,6 +193,14 @@ class UniqueLayer(DynamicLayer):
             pages, table = self._append(step)
             return pages.decode(query.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), table, scale)
 
+    def lse_of_all(self, query: Tensor, scale: float | None) -> Tensor:
+        """After :meth:`decode`: the logarithm of the normalizer over all tokens, ``[B, T, Hq]``."""
+        pages, table = self._paged()
+        (query,) = autocast_inputs(query.detach())
+        with self._alone():
+            blocks, lens = table.block_table(pages.device), table.seq_lens(pages.device)
+            return pages.lse_of_all(query.transpose(1, 2), blocks, lens, table.length, scale)
+
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B, H, length, D]``, those of the step included, and zeros in padding on pages.
 

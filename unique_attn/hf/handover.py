@@ -84,6 +84,9 @@ class PagedLayer(Protocol):
     def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to pages with ``query`` ``[B, Hq, T, D]``: ``out`` ``[B, T, Hq, D]``, ``lse`` and the pages read."""
 
+    def lse_of_all(self, query: Tensor, scale: float | None) -> Tensor:
+        """After :meth:`decode`: the logarithm of the normalizer over all tokens, ``[B, T, Hq]``."""
+
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B, H, length, D]``, those of the step included."""
 

@@ -203,6 +203,13 @@ class SelectionRecord(NamedTuple):
     pages: Tensor  # int32 [B, T, H, k], logical pages in ascending order, then -1
 
 
+class MassRecord(NamedTuple):
+    """How much of its attention one layer kept in one decode step."""
+
+    layer_idx: int
+    mass: Tensor  # [B, T, Hq], the share of all tokens' softmax that the selected pages hold
+
+
 _recorders: ContextVar[tuple[tuple[list[CacheHook], type, list[Any]], ...]] = ContextVar("recorders", default=())
 
 

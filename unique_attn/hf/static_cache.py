@@ -189,6 +189,12 @@ class UniqueStaticLayer(StockStaticLayer):
             query.transpose(1, 2), None, None, self._table, seq_lens, num_pages, scale, budget_pages=budget_pages
         )
 
+    def lse_of_all(self, query: Tensor, scale: float | None) -> Tensor:
+        """After :meth:`decode`: the logarithm of the normalizer over all tokens, ``[B, T, Hq]``."""
+        assert self.pages is not None
+        (query,) = autocast_inputs(query.detach())
+        return self.pages.lse_of_all(query.transpose(1, 2), self._table, self.seq_lens, self.max_cache_len, scale)
+
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B, H, max_cache_len, D]``, each token at the place that it has in a mask."""
         if is_traced():

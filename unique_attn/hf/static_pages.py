@@ -86,6 +86,13 @@ class StaticLayer(CacheLayerMixin):
         table = pages.block_table if self.block_table is None else self.block_table
         return self.storage.step((q, k, v), table, pages.seq_lens, num_pages, scale, self.window)
 
+    def lse_of_all(self, query: Tensor, scale: float | None) -> Tensor:
+        """After :meth:`decode`: the logarithm of the normalizer over all tokens, ``[B, 1, Hq]``."""
+        assert self.storage is not None
+        (query,) = autocast_inputs(query)
+        table = self._pages.block_table if self.block_table is None else self.block_table
+        return self.storage.lse_of_all(query.transpose(1, 2), table, self._pages.seq_lens, self.get_max_length(), scale)
+
     def gather(self, step: Step, refusal: Refusal) -> tuple[Tensor, Tensor]:
         """Dense attention in a step: there is none here."""
         raise NotImplementedError(self._pages.refusal(self.layer_idx, refusal.reason))
