@@ -189,7 +189,9 @@ class UniqueAttention(AttentionImpl[Batch]):
         elif versions.is_cpu():
             self._dense = dense.torch_attention
         else:
-            raise NotImplementedError("unique_attn: the attention backend needs vLLM's FlashAttention, which is missing")
+            raise NotImplementedError(
+                "unique_attn: the attention backend needs vLLM's FlashAttention, which is missing"
+            )
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -246,7 +248,9 @@ class UniqueAttention(AttentionImpl[Batch]):
             q.view(count, rows.per_row, self.num_heads, self.head_size),
             None,
             None,
-            *cache,
+            cache.k,
+            cache.v,
+            cache.index,
             rows.block_table,
             rows.seq_lens,
             num_pages(config),

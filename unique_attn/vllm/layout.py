@@ -12,7 +12,7 @@ offloading and transfers of blocks need to know nothing of it, and vLLM counts i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from unique_attn.config import UniqueConfig
 from unique_attn.index_format import index_entry_bytes
 
 
-class BlockViews(NamedTuple):
+@dataclass(frozen=True)
+class BlockViews:
     """Views of the cache of one layer, as the ops take them."""
 
     k: Tensor  #: ``[num_blocks, H, block_size, D]``

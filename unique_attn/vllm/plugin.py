@@ -26,7 +26,7 @@ def register() -> None:
         return
     if taken is not None:
         logger.warning(
-            "the attention backend CUSTOM of vLLM is %s already, so it is not that of unique_attn: name the plugins that "
-            "you want in VLLM_PLUGINS",
+            "the attention backend CUSTOM of vLLM is %s already, so it is not that of unique_attn: name the plugins "
+            "that you want in VLLM_PLUGINS",
             taken,
         )

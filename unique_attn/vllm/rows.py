@@ -22,7 +22,9 @@ class DecodeRows:
     per_row: int  #: T, new tokens of the longest row
     block_table: Tensor  #: int32 ``[rows, blocks]``, no wider than the batch needs
     seq_lens: Tensor  #: int32 ``[rows]``, new tokens included; 0 in padding
-    places: Tensor | None  #: int64 ``[num_tokens]``, of each token in ``[rows, T]`` if rows differ: ragged, at the right
+    places: (
+        Tensor | None
+    )  #: int64 ``[num_tokens]``, of each token in ``[rows, T]`` if rows differ: ragged, at the right
     budget: Tensor | None  #: int32 ``[rows]``, pages that a row may read, if that depends on its length
 
 

@@ -83,8 +83,8 @@ def layer_index(layer: Any) -> int:
 def host_lengths(common: Any) -> list[int] | None:
     """Lengths of the rows of a batch, as the host knows them without waiting for a device.
 
-    Exact on the CPU. On CUDA exact for rows of prompts; those that verify drafts may be shorter, since what was accepted
-    last is known on the device alone. None if vLLM has none.
+    Exact on the CPU. On CUDA exact for rows of prompts; those that verify drafts may be shorter, since what was
+    accepted last is known on the device alone. None if vLLM has none.
     """
     lengths = common.seq_lens if common.seq_lens.device.type == "cpu" else common.seq_lens_cpu_upper_bound
     return None if lengths is None else lengths.tolist()
