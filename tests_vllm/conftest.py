@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests_vllm.support import VOCAB
 
@@ -40,10 +43,13 @@ SHAPE = {
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of three layers with 8 query and 2 KV heads, fp32."""
+    """A random Llama of three layers with 8 query and 2 KV heads, fp32; its words are ``w0``, ``w1`` and so on."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "llama"
     LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=3)).float().save_pretrained(path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
     return path
 
 
