@@ -22,7 +22,7 @@ NEW = 16
 
 
 def test_two_ranks(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    """Tensor parallelism with gloo: each rank has one KV head. Prompts below 400 tokens are dense, longer ones sparse."""
+    """Tensor parallelism with gloo: each rank has one KV head. Contexts below 400 tokens are dense, others sparse."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     settings = {"budget": 64, "dense_below": 400}
     expected = dropped_in(llama, prompts(*LENGTHS), NEW, **settings)
