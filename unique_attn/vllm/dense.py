@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from unique_attn.vllm.layout import BlockViews
 from unique_attn.vllm.rows import Rows
 
-#: Queries for which one mask is made: what a mask takes stays linear in the number of keys.
+#: One mask is for so many queries, so that what masks take stays linear in the number of keys.
 CHUNK = 512
 
 DenseFunction = Callable[[Tensor, BlockViews, Rows, float, Tensor], None]
