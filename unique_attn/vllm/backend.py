@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from unique_attn import ops
 from unique_attn.config import UniqueConfig
 from unique_attn.prefill import BLOCK_K, BLOCK_Q
-from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY_TOKENS
+from unique_attn.rules import MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY_TOKENS, PAGE_SIZES
 from unique_attn.vllm import dense, versions
 from unique_attn.vllm.layout import BlockViews, block_views, content_bytes
 from unique_attn.vllm.rows import Batch, BatchCutter, DecodeRows, Rows
@@ -36,7 +36,9 @@ _settings_of_last_engine: list[UniqueConfig] = []
 def _settings() -> UniqueConfig:
     config = versions.current_config()
     if config is not None and config.model_config is not None:
-        layers = config.model_config.get_total_num_hidden_layers()
+        # While a drafter is made, the model of the config is that.
+        models = (config.model_config, getattr(config.speculative_config, "target_model_config", None))
+        layers = max(model.get_total_num_hidden_layers() for model in models if model is not None)
         _settings_of_last_engine[:] = [read_settings(config.additional_config, layers)]
     if not _settings_of_last_engine:
         raise RuntimeError("unique_attn: vLLM asked for the size of a block before it made an engine")
@@ -83,7 +85,8 @@ class UniqueBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(max(16, _settings().page_size))]
+        known = versions.current_config() is not None or _settings_of_last_engine
+        return [MultipleOf(max(16, _settings().page_size) if known else max(PAGE_SIZES))]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -125,7 +128,10 @@ class UniqueMetadataBuilder(AttentionMetadataBuilder[Batch]):
             read_settings(vllm_config.additional_config),
             threshold,
             kv_cache_spec.block_size,
-            vllm_config.scheduler_config.max_num_seqs,
+            max(
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            ),
             device,
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from unique_attn.rules import MAX_QUERY_TOKENS
 from unique_attn.vllm.layout import BlockViews
 from unique_attn.vllm.rows import Rows
 
@@ -50,7 +51,13 @@ def torch_attention(q: Tensor, cache: BlockViews, rows: Rows, scale: float, out:
 
 
 def flash_attention(function: Callable[..., Any], version: int, num_splits: int) -> DenseFunction:
-    """vLLM's FlashAttention ``function`` over blocks; lengths are read on the device, so that steps can be captured."""
+    """vLLM's FlashAttention over blocks; lengths are read on the device, so that steps can be captured.
+
+    Args:
+        function: vLLM's ``flash_attn_varlen_func``.
+        version: of FlashAttention.
+        num_splits: of a row in steps that may be captured, which are short; it has its own choice in others.
+    """
 
     def attend(q: Tensor, cache: BlockViews, rows: Rows, scale: float, out: Tensor) -> None:
         function(
@@ -67,7 +74,7 @@ def flash_attention(function: Callable[..., Any], version: int, num_splits: int)
             window_size=[-1, -1],
             block_table=rows.block_table,
             fa_version=version,
-            num_splits=num_splits,
+            num_splits=num_splits if rows.max_query_len <= MAX_QUERY_TOKENS else 0,
         )
 
     return attend

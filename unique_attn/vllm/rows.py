@@ -107,21 +107,21 @@ class BatchCutter:
         query_lens = everything.query_lens[:count]
         per_row = max(query_lens)
         used = count
-        while used > 1 and not query_lens[used - 1]:  # padding, which a captured step has tokens for
+        while used > 1 and not query_lens[used - 1]:  # padding, for which a captured step has tokens
             used -= 1
-        uniform = all(length == per_row for length in query_lens[:used])
-        if num_tokens == count * per_row and uniform:
-            used = count
-        seq_lens, places = everything.seq_lens[:used], None
-        if not uniform:
+        places = None
+        if all(length == per_row for length in query_lens[:used]):
+            if num_tokens >= count * per_row:  # there are
+                used = count
+            num_tokens = used * per_row
+        else:
             values = [
                 row * per_row + per_row - length + t
                 for row, length in enumerate(query_lens[:used])
                 for t in range(length)
             ]
-            places, num_tokens = versions.copy_like(seq_lens, values), len(values)
-        elif used < count:
-            num_tokens = used * per_row
+            places, num_tokens = versions.copy_like(everything.seq_lens, values), len(values)
+        seq_lens = everything.seq_lens[:used]
         table = everything.block_table[:used]
         return DecodeRows(num_tokens, per_row, table, seq_lens, places, self._budgets(seq_lens))
 
