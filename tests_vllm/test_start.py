@@ -12,45 +12,8 @@ import pytest
 import torch
 
 from tests_vllm.support import answers, engine, prompts, sampling, sparse
-from unique_attn import UniqueConfig, ops
-from unique_attn.vllm.layout import block_views, content_bytes
-from unique_attn.vllm.settings import num_pages, read_settings
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        (
-            {"budgt": 512},
-            ValueError,
-            "additional_config['unique_attn']: UniqueConfig.from_dict: expected fields among ",
-        ),
-        ({"budget": 100}, ValueError, "UniqueConfig.budget: expected a multiple of page_size = 8, got 100"),
-        ({"budget": "512"}, TypeError, "UniqueConfig.budget: expected an integer, got '512'"),
-        ({"rule": "best"}, ValueError, "UniqueConfig.rule: expected one of"),
-        (
-            {"graphs": "off"},
-            ValueError,
-            "additional_config['unique_attn']['graphs']: expected vLLM's compilation_config",
-        ),
-        ({"block_size": 64}, ValueError, "['block_size']: expected vLLM's own argument block_size, got 64 here"),
-        ({"max_decode_tokens": 8}, ValueError, "['max_decode_tokens']: expected speculative_config"),
-        ({"dense_below": 10**9}, ValueError, "['dense_below']: expected at most "),
-        ({"dense_layers": [3]}, ValueError, "['dense_layers']: expected layers from 0 to 2, got 3"),
-        ([64], TypeError, "additional_config['unique_attn']: expected a mapping of fields of UniqueConfig, got [64]"),
-    ],
-)
-def test_bad_settings_are_refused_by_name(settings: Any, error: type[Exception], message: str):
-    with pytest.raises(error) as raised:
-        read_settings({"unique_attn": settings, "another plugin": 1}, num_layers=3)
-    assert message in str(raised.value)
-
-
-def test_settings_of_others_are_none_of_ours():
-    assert read_settings({"another plugin": {"budget": 64}}) == read_settings(object()) == UniqueConfig()
-    assert num_pages(UniqueConfig(budget=64, dense_below=700)) == 88  # 699 tokens
 
 
 @pytest.mark.parametrize(
@@ -127,28 +90,6 @@ def test_the_backend_declares_what_it_cannot_do(option: dict[str, Any], reason: 
     assert UniqueBackend.validate_configuration(device_capability=None, **plain._asdict()) == []
     reasons = UniqueBackend.validate_configuration(device_capability=None, **plain._replace(**option)._asdict())
     assert any(each.startswith(reason) for each in reasons)
-
-
-@pytest.mark.parametrize("rule", ["directional", "unique", "minmax", "mean"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("page_size", [4, 8, 64])
-def test_the_parts_of_a_block_do_not_meet(rule: str, dtype: torch.dtype, page_size: int):
-    """All that is written through one view is read through it alone; blocks of several layers side by side."""
-    config, dim, shape = UniqueConfig(rule=rule, page_size=page_size, budget=512), 72, (3, 2, 2, 64)
-    blocks, layers, heads, size = shape
-    content = content_bytes(config, dim, dtype) // dtype.itemsize
-    cache = torch.zeros((blocks, layers, heads, size, content), dtype=dtype)
-    views = [block_views(cache[:, layer], config, dim) for layer in range(layers)]
-    written = []
-    for number, part in enumerate(part for view in views for part in (view.k, view.v, view.index)):
-        part.fill_(number + 1)
-        written.append(part)
-    for number, part in enumerate(written):
-        assert (part == number + 1).all()
-    assert views[0].k.shape == (blocks, heads, size, dim)
-    new = ops.new_index(views[0].k, rule=rule, page_size=page_size)
-    assert new.shape == views[0].index.shape
-    assert new.dtype == views[0].index.dtype
 
 
 def test_the_index_is_in_vllms_budget_of_memory(llama: Path):
