@@ -8,6 +8,7 @@ import os
 os.environ.update(
     OMP_NUM_THREADS="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
+    NUMBA_DISABLE_JIT="1",  # vLLM's n-gram proposer would be compiled in every engine, for half a minute
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_KVCACHE_SPACE="1",
