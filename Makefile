@@ -17,7 +17,10 @@ CXX_SOURCES = $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o
 # Which transformers `test-transformers` runs on; "locked" is the one of $(VENV).
 TRANSFORMERS ?= oldest locked newest
 
-.PHONY: help setup build demo test test-transformers bench report info sanitize lint format lock cuda-compile cuda-hazards docs \
+# Which vLLM `test-vllm` runs on.
+VLLM ?= locked
+
+.PHONY: help setup build demo test test-transformers test-vllm bench report info sanitize lint format lock cuda-compile cuda-hazards docs \
 	sdist wheel wheels wheel-hazards wheel-smoke clean distclean FORCE
 .DELETE_ON_ERROR:
 
@@ -26,6 +29,7 @@ help:
 	@echo "make test               the tests"
 	@echo "make test-transformers  the Hugging Face tests on the oldest, the locked and the newest transformers"
 	@echo "make build | info       build in place | what was built and where it runs"
+	@echo "make test-vllm          the tests of the backend for vLLM, on the CPU (VLLM='oldest locked' for both versions)"
 	@echo "make bench              the tables of benchmarks/results (BENCH_ARGS='decode ...' for a single benchmark)"
 	@echo "make report             tables and pictures of the README and docs/, from benchmarks/results"
 	@echo "make sanitize           CUDA kernels under compute-sanitizer (needs a GPU)"
@@ -100,6 +104,20 @@ test-transformers: build $(patsubst %,.venv-tf-%/.requirements,$(filter-out lock
 		case "$$done " in *" $$version "*) echo "== transformers $$version, $$name: tested already"; continue;; esac; \
 		done="$$done $$version"; echo "== transformers $$version, $$name"; \
 		$$python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
+	done; exit $$status
+
+# vLLM pins a torch, so its environment has one of its own. The package in it is this checkout, whose metadata `build` made
+# (vLLM finds the backend by them); what was compiled serves both. vLLM drags in three packages that it does not need here.
+.venv-vllm-%/.requirements: requirements/vllm-%.txt requirements/vllm.txt | $(BIN)/python
+	$(BIN)/python -m venv --clear .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip --disable-pip-version-check install -q -r $< -r requirements/vllm.txt
+	.venv-vllm-$*/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	echo $(CURDIR) > $$(.venv-vllm-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/checkout.pth
+	@touch $@
+
+test-vllm: build $(patsubst %,.venv-vllm-%/.requirements,$(VLLM))
+	@status=0; for name in $(VLLM); do echo "== vLLM, $$name"; \
+		.venv-vllm-$$name/bin/python -m pytest --show-capture=no $(PYTEST_ARGS) tests_vllm || status=1; \
 	done; exit $$status
 
 # On a machine with a GPU. Leaves a library for the sanitizer behind; `make build` brings the usual one back.
@@ -178,4 +196,4 @@ clean:
 	rm -f $(VENV)/.installed
 
 distclean: clean
-	rm -rf $(VENV) .venv-tf-* .venv-lock .venv-release
+	rm -rf $(VENV) .venv-tf-* .venv-vllm-* .venv-lock .venv-release

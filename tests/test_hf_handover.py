@@ -144,20 +144,29 @@ def test_a_family_without_the_interface_is_refused() -> None:
         generate(of_family("Falcon", "unique", **SMALL_FAMILIES["Falcon"]), prompt())
 
 
-@pytest.mark.filterwarnings("ignore:The `paged|:FutureWarning")
-def test_continuous_batching_is_refused() -> None:
-    """Up to some 5.x it asks for ``paged|unique``; later, transformers refuses ``unique`` by name."""
+REFUSED = r"continuous batching .* keeps its keys in a cache of its own.*: use generate\(\), .* vLLM"
+
+
+def test_continuous_batching_of_an_enabled_model_is_refused() -> None:
     model = ua.enable(tiny(), ALWAYS_SPARSE)
+    with pytest.raises(UnsupportedFeatureError, match=REFUSED):
+        model.generate_batch(inputs=[prompt(1)["input_ids"][0].tolist()])
+    assert_same(generate(model, prompt()), generate(tiny(), prompt()))
+    assert "_Watched" not in str(type(ua.disable(model)).init_continuous_batching)
+
+
+@pytest.mark.filterwarnings("ignore:The `paged|:FutureWarning")
+def test_continuous_batching_by_name_is_refused() -> None:
+    """Up to some 5.x it asks for ``paged|unique``; later, transformers refuses ``unique`` itself."""
+    model = tiny()
     model.set_attn_implementation("paged|unique")
     if model.config._attn_implementation == "paged|unique":
-        with pytest.raises(
-            UnsupportedFeatureError, match=r"continuous batching .* keeps its keys in a cache of its own"
-        ):
+        with pytest.raises(UnsupportedFeatureError, match=REFUSED):
             model(prompt()["input_ids"])
     else:
+        assert model.config._attn_implementation == "unique"
         with pytest.raises(ValueError, match="unique is not supported for continuous batching"):
             model.generate_batch(inputs=[prompt(1)["input_ids"][0].tolist()])
-        assert_same(generate(model, prompt()), generate(tiny(), prompt()))
 
 
 # ---- Arguments that are not known. ----

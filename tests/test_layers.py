@@ -57,8 +57,16 @@ def test_the_product_does_not_use_its_oracle():
             assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
 
 
+def test_only_the_backend_for_vllm_knows_it():
+    for file in FILES["unique_attn"]:
+        if file.parent.name != "vllm":
+            wrong = [name for name in imported(file) if name.startswith(("vllm.", "unique_attn.vllm"))]
+            assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
 def test_importing_the_package_is_light():
     heavy = {"transformers", "matplotlib", "pandas", "tabulate", "tqdm", "accelerate", "benchmarks", "examples"}
+    heavy |= {"vllm", "unique_attn.vllm"}
     # torch itself brings some of these along in some versions.
     code = (
         f"import sys, torch; before = set(sys.modules); import unique_attn; print({heavy} & set(sys.modules) - before)"

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
 PYTHONS = ("3.10.12", "3.11.9", "3.12.4", "3.13.1")
+VLLM = ("vllm.txt", "vllm-locked.txt", "vllm-oldest.txt")
 NOT_LOCKED = re.compile(r"torch$|triton|nvidia-|cuda-")  # torch, and what its CUDA builds bring along
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="not in a checkout")
@@ -44,7 +45,7 @@ def locked(python: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "torch.txt", "cuda-tools.txt", "cuda-toolkit.txt", "release.txt"])
+@pytest.mark.parametrize("name", ["lock.txt", "torch.txt", "cuda-tools.txt", "cuda-toolkit.txt", "release.txt", *VLLM])
 def test_every_line_is_an_exact_version(name: str):
     for line in requirements(name):
         assert re.fullmatch(r"==[^*,]+", str(line.specifier)), line

@@ -45,13 +45,10 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 
 def _continuous_batching(*args: Any, **kwargs: Any) -> Any:
-    """What continuous batching asks for up to transformers 5.22; later versions refuse ``"unique"`` themselves."""
-    from unique_attn.hf.reasons import UnsupportedFeatureError
+    """What continuous batching asks for up to transformers 5.22, also of models that were not enabled."""
+    from unique_attn.hf.reasons import refuse_continuous_batching
 
-    raise UnsupportedFeatureError(
-        "transformers' continuous batching (generate_batch) keeps its keys in a cache of its own, which unique_attn "
-        "does not read: use generate(), or unique_attn.disable(model) first"
-    )
+    refuse_continuous_batching()
 
 
 def register_when_imported() -> None:

@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -60,6 +60,14 @@ _asked: dict[type, frozenset[str]] = {}  # by attention class
 
 class UnsupportedFeatureError(NotImplementedError):
     """A model asks for a kind of attention that neither the ops nor the dense fallbacks compute."""
+
+
+def refuse_continuous_batching() -> NoReturn:
+    raise UnsupportedFeatureError(
+        "transformers' continuous batching (generate_batch) keeps its keys in a cache of its own, which unique_attn "
+        "does not read: use generate(), or the backend for vLLM to serve requests as they come, or "
+        "unique_attn.disable(model) first for dense batches"
+    )
 
 
 def unknown_reason(module: nn.Module, kwargs: dict[str, Any]) -> Refusal | None:

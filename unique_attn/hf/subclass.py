@@ -11,6 +11,7 @@ from torch import nn
 from unique_attn.hf.captured import CapturedSteps
 from unique_attn.hf.compat import GenerationMixin, is_traced
 from unique_attn.hf.hooks import CacheHook, attention_modules, hook_of
+from unique_attn.hf.reasons import refuse_continuous_batching
 
 _STEPS = "_unique_attn_steps"  # attribute of an enabled model; None in a copy that has not been called
 _EXTENDS = "_update_model_kwargs_for_generation"  # the method of transformers that puts ones behind the mask
@@ -44,6 +45,11 @@ class _Watched:
         if not isinstance(made, tuple) or cls not in _classes.values():
             return made
         return (_new, (cls.__mro__[2],), *made[2:])
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Every way to ``generate_batch`` goes through this method of transformers, which takes dense FlashAttention
+        where that is installed, and else knows of no serving but its own."""
+        refuse_continuous_batching()
 
 
 def _watched(cls: Any) -> Any:
