@@ -95,8 +95,9 @@ def test_other_ways_to_generate(kwargs):
     assert torch.equal(model.generate(**inputs, cache_implementation="static", **settings), expected)
 
 
-def test_prompt_in_chunks():
-    model, inputs = enabled(), prompt(length=60, padding=PADDING)
+@pytest.mark.parametrize("padding", [9, 30])
+def test_prompt_in_chunks(padding):
+    model, inputs = enabled(), prompt(length=60, padding=[0, padding])
     output = generate(model, inputs, cache_implementation="static", prefill_chunk_size=16)
     assert_same(output, generate(model, inputs, prefill_chunk_size=16))
     assert all(sparse_layers(output.past_key_values))
@@ -376,6 +377,33 @@ def test_a_cache_is_freed_without_the_garbage_collector():
         assert layer() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_inference_mode(backend):
+    model, inputs = enabled(), prompt(length=60, padding=PADDING)
+    expected = generate(model, inputs)
+    kwargs = {"cache_implementation": "static"} if backend is None else compiled()
+    with torch.inference_mode():
+        output = generate(model, inputs, **kwargs)
+    assert_same(output, expected)
+    assert all(sparse_layers(output.past_key_values))
+
+
+def test_reading_the_keys_of_a_layer_makes_a_cache_dense():
+    model, inputs = enabled(), prompt(length=60, padding=PADDING)
+    cache, stock = (StaticCache(config=model.config, max_cache_len=100) for _ in range(2))
+    loop(model, inputs, cache, 1)
+    loop(tiny(), inputs, stock, 1)
+    for ours, theirs in zip(cache.layers, stock.layers):
+        ours.keys = ours.keys * 1  # somebody writes to them
+        torch.testing.assert_close(ours.keys[1, :, 9:60], theirs.keys[1, :, 9:60])
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    call = {"attention_mask": mask, "position_ids": torch.tensor([[60], [51]])}
+    with torch.no_grad():
+        a = model(inputs["input_ids"][:, :1], past_key_values=cache, **call).logits
+        b = tiny()(inputs["input_ids"][:, :1], past_key_values=stock, **call).logits
+    torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
 
 
 def test_autocast():

@@ -68,7 +68,7 @@ class CacheState:
                 last = mask[:, None, None, :length].bool() if mask.dim() == 2 else mask[..., -1:, :length].clone()
                 self._last_row = weakref.ref(mask), length, last
             mask = self._last_row[2]
-        return None if mask is False else self.padding(mask, batch, 1, length, layer)
+        return None if mask is False else self._masks.padding(mask, batch, 1, length, layer)
 
     def agrees(self, mask: Tensor | None, table: PagedTable, num_tokens: int, length: int, layer: object) -> bool:
         """Whether ``mask`` is causal with the padding of ``table``.

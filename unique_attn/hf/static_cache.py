@@ -92,9 +92,12 @@ class UniqueStaticLayer(StockStaticLayer):
         self.pages, self._values = None, value
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(*autocast_inputs(key_states, value_states))
-        if not is_traced():
-            self._keep()
+        if is_traced():
+            super().lazy_initialization(key_states, value_states)
+            return
+        with torch.inference_mode(False):  # the layer may outlive the inference mode it began in
+            super().lazy_initialization(*autocast_inputs(key_states, value_states))
+        self._keep()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store ``[B, H, T, D]`` new keys and values; returns what stands for all of them."""
@@ -140,7 +143,8 @@ class UniqueStaticLayer(StockStaticLayer):
         if self.pages is not None:
             self._offsets.zero_()
         self.indexed = self.padded = self.checks = False
-        self.dense, self._host_length, self._pending = None, 0, 0
+        self.dense = self.user = None
+        self._host_length = self._pending = 0
         self.state.reset()
 
     # ---- What the attention function sees (PagedLayer). ----
@@ -160,7 +164,7 @@ class UniqueStaticLayer(StockStaticLayer):
             return self.dense
         if not self.indexed:
             return COMPILED if is_traced() else _FIRST
-        if self.checks or self.padded or mask is None:
+        if self.checks or step.num_tokens > 1:
             agrees = self._agrees(mask, step.num_tokens)
             if is_traced() and isinstance(agrees, Tensor):
                 torch._assert_async(agrees, "attention_mask: expected a causal one with the left padding of the prompt")
@@ -214,15 +218,14 @@ class UniqueStaticLayer(StockStaticLayer):
 
     def turn(self, padding: list[int], length: int) -> None:
         """Move rows to where they have no ``padding``, and index their ``length`` tokens, padding included."""
-        with torch.inference_mode(False), torch.no_grad():  # the layer may outlive the inference mode it began in
-            if self.pages is None:
-                self._make_pages()
-            self._keep()
-            offsets = torch.tensor(padding)
-            if any(padding):
-                self._move(offsets.to(self.device))
-                self.padded = True
-            self._offsets.copy_(offsets)
+        if self.pages is None:
+            self._make_pages()
+        self._keep()
+        offsets = torch.tensor(padding)
+        if any(padding):
+            self._move(offsets.to(self.device))
+            self.padded = True
+        self._offsets.copy_(offsets)
         self.indexed, self.checks = True, not self.state.checked
         self.state.checked = True
         self._index(length)
@@ -254,17 +257,19 @@ class UniqueStaticLayer(StockStaticLayer):
     def _make_pages(self) -> LayerPages:
         pool = SharedPool(num_blocks=self.batch_size, block_size=self.max_cache_len)
         self.pages = LayerPages(pool, BlockStorage.around(self._keys, self._values, self.config), self.config)
-        self._table = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
-        self._offsets = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        with torch.inference_mode(False):  # as keys and values
+            self._table = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
+            self._offsets = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         for tensor in (self.pages.index, self._table, self._offsets):
             torch._dynamo.mark_static_address(tensor)
         return self.pages
 
     def _leave(self) -> None:
-        """Be a stock layer again."""
+        """Be a stock layer again. If it looked at masks for the others, they are dense as well."""
+        self.state.refused |= self.checks
         if self.padded:
             self._move(-self._offsets)
-        self.indexed = self.padded = False
+        self.indexed = self.padded = self.checks = False
         self._pending = 0
 
     def _move(self, by: Tensor) -> None:
@@ -425,7 +430,7 @@ def turn_static(cache: Any, modules: Sequence[nn.Module], mask: Any) -> None:
             padding = layer.state.padding_of_call(mask, layer.batch_size, length, layer)
             if padding is None:
                 layer.refuse_masks()
-            else:
+            elif max(padding) < length:  # else a row has no token yet
                 layer.turn(padding, length)
 
 
