@@ -106,17 +106,20 @@ test-transformers: build $(patsubst %,.venv-tf-%/.requirements,$(filter-out lock
 		$$python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf_*.py || status=1; \
 	done; exit $$status
 
-# vLLM pins a torch, so its environment has one of its own. The package in it is this checkout, whose metadata `build` made
-# (vLLM finds the backend by them); what was compiled serves both. vLLM drags in three packages that it does not need here.
+# vLLM pins a torch, so its environment has one of its own. The package in it is this checkout; what was compiled serves
+# both, and so does the metadata that `build` made, by which vLLM finds the backend. vLLM drags in three packages that it
+# does not need here.
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .venv-vllm-%/.requirements: requirements/vllm-%.txt requirements/vllm.txt | $(BIN)/python
 	$(BIN)/python -m venv --clear .venv-vllm-$*
 	.venv-vllm-$*/bin/python -m pip --disable-pip-version-check install -q -r $< -r requirements/vllm.txt
 	.venv-vllm-$*/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
-	echo $(CURDIR) > $$(.venv-vllm-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/checkout.pth
+	echo $(CURDIR) > $$(.venv-vllm-$*/bin/python $(SITE))/checkout.pth
 	@touch $@
 
 test-vllm: build $(patsubst %,.venv-vllm-%/.requirements,$(VLLM))
-	@status=0; for name in $(VLLM); do echo "== vLLM, $$name"; \
+	@status=0; for name in $(VLLM); do echo "== vLLM, $$name"; site=$$(.venv-vllm-$$name/bin/python $(SITE)); \
+		rm -rf $$site/unique_attn-*.dist-info; cp -r $$($(BIN)/python $(SITE))/unique_attn-*.dist-info $$site/ || exit 1; \
 		.venv-vllm-$$name/bin/python -m pytest --show-capture=no $(PYTEST_ARGS) tests_vllm || status=1; \
 	done; exit $$status
 

@@ -16,6 +16,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ SHAPE = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _found_by_vllm() -> None:
+    """Without its entry point, vLLM's CPU platform would run its own backend, and many a test would pass."""
+    found = entry_points(group="vllm.general_plugins", name="unique_attn")
+    assert [each.value for each in found][:1] == ["unique_attn.vllm.plugin:register"], "vLLM does not find the plugin"
+    assert "VLLM_PLUGINS" not in os.environ
 
 
 @pytest.fixture(scope="session")
