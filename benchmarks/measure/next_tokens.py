@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks.measure.harness import Call
 from benchmarks.measure.real_keys import observing
 from examples.finetuning.data import CITIES, PLACES
+from unique_attn.calibration import Distance, distance
 
-ROWS = 64  # tokens whose distributions are compared at a time: a vocabulary may have 262,144
+__all__ = ["Distance", "Layer", "Needle", "distance", "find", "full_layers", "needle", "over_layers", "tail_logits"]
 
 
 # ---- Distributions. ----
@@ -25,34 +26,6 @@ def tail_logits(model: Any, ids: Tensor, count: int) -> Tensor:
     """Logits ``[count, vocabulary]`` after each of the last ``count`` tokens of ``ids`` ``[1, n]``, without a cache."""
     logits: Tensor = model(ids, use_cache=False, logits_to_keep=count).logits[0]
     return logits
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Of two sets of distributions.
-
-    Attributes:
-        kl: of the second from the first, nats, mean.
-        top1: share of tokens whose likeliest next token is the same.
-        nll: of the text's own next tokens by the second, nats, mean.
-    """
-
-    kl: float
-    top1: float
-    nll: float
-
-
-def distance(dense: Tensor, other: Tensor, targets: Tensor) -> Distance:
-    """Of logits ``[n, vocabulary]``; ``targets`` ``[n - 1]``: the next tokens of all but the last, in fp32."""
-    kl = same = nll = 0.0
-    for start in range(0, len(dense), ROWS):
-        rows = slice(start, start + ROWS)
-        wanted, found = dense[rows].float().log_softmax(-1), other[rows].float().log_softmax(-1)
-        kl += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
-        same += float((wanted.argmax(-1) == found.argmax(-1)).sum())
-        after = targets[rows]
-        nll -= float(found[: len(after)].gather(-1, after[:, None]).sum(dtype=torch.float64))
-    return Distance(max(0.0, kl / len(dense)), same / len(dense), nll / max(1, len(targets)))
 
 
 # ---- Needles. ----
