@@ -50,7 +50,7 @@ class Words:
 
 def test_needles():
     text = [1] * 500
-    made = next_tokens.needle(Words(), text, 400, 0.25, seed=3)
+    made = next_tokens.make_needle(Words(), text, 400, 0.25, seed=3)
     ids = made.ids[0].tolist()
     assert len(ids) == 400
     answer = ids[-made.answer :]
@@ -59,9 +59,9 @@ def test_needles():
     assert len(hidden) == 2  # in the text and at the end
     before = ids[: ids.index(next(x for x in ids if x != 1))]
     assert len(before) == pytest.approx(0.25 * (400 - 100), abs=40)
-    assert torch.equal(next_tokens.needle(Words(), text, 400, 0.25, seed=3).ids, made.ids)
-    with pytest.raises(ValueError, match="no room for a needle"):
-        next_tokens.needle(Words(), text[:100], 400, 0.5, seed=0)
+    assert torch.equal(next_tokens.make_needle(Words(), text, 400, 0.25, seed=3).ids, made.ids)
+    with pytest.raises(ValueError, match="for a needle in 400, got 100"):
+        next_tokens.make_needle(Words(), text[:100], 400, 0.5, seed=0)
     assert prefill_quality.make_needles(Words(), {"short": text[:100]}, 400, 3) == []
     several = prefill_quality.make_needles(Words(), {"a": text, "b": [2] * 500, "short": []}, 400, 4)
     assert [int(each.ids[0, 0]) for each in several] == [1, 2, 1, 2]

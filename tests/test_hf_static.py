@@ -145,6 +145,11 @@ def test_forward_compiled_by_the_user(padding):
     torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-4)
     assert messages == []
     assert all(sparse_layers(cache))
+    cache.reset()
+    result, messages = run_and_collect(lambda: loop(model, inputs, cache))
+    torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-4)
+    assert messages == []
+    assert all(sparse_layers(cache))
 
 
 @pytest.mark.parametrize("way", ["forward", "in place"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,19 @@ from torch import Tensor
 
 from benchmarks.measure.harness import Call
 from benchmarks.measure.real_keys import observing
-from examples.finetuning.data import CITIES, PLACES
-from unique_attn.calibration import Distance, distance
+from unique_attn.calibration import Distance, Needle, distance, make_needle
 
-__all__ = ["Distance", "Layer", "Needle", "distance", "find", "full_layers", "needle", "over_layers", "tail_logits"]
+__all__ = [
+    "Distance",
+    "Layer",
+    "Needle",
+    "distance",
+    "find",
+    "full_layers",
+    "make_needle",
+    "over_layers",
+    "tail_logits",
+]
 
 
 # ---- Distributions. ----
@@ -29,47 +37,6 @@ def tail_logits(model: Any, ids: Tensor, count: int) -> Tensor:
 
 
 # ---- Needles. ----
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A text with a fact in it that is asked for at its end.
-
-    Attributes:
-        ids: int64 ``[1, n]``, the answer included.
-        answer: tokens of the answer, the last ones.
-        depth: where the fact is, as a share of the text.
-    """
-
-    ids: Tensor
-    answer: int
-    depth: float
-
-
-def needle(tokenizer: Any, text: Sequence[int], tokens: int, depth: float, seed: int) -> Needle:
-    """``tokens`` tokens in all: the beginning of ``text`` (token numbers), a code at ``depth``, the question, the code.
-
-    Raises:
-        ValueError: the text is too short.
-    """
-    rng = random.Random(seed)
-    city, place, code = rng.choice(CITIES), rng.choice(PLACES), rng.randrange(100_000, 1_000_000)
-
-    def encode(words: str) -> list[int]:
-        found: list[int] = tokenizer(words, add_special_tokens=False).input_ids
-        return found
-
-    fact = encode(f" The code of the {city} {place} is {code}.")
-    question = encode(
-        f"\n\nQuestion: What is the code of the {city} {place}?\nAnswer: The code of the {city} {place} is"
-    )
-    answer = encode(f" {code}")
-    room = tokens - len(fact) - len(question) - len(answer)
-    if not 0 < room <= len(text):
-        raise ValueError(f"a text of {len(text)} tokens has no room for a needle in {tokens}")
-    place_of = round(depth * room)
-    ids = [*text[:place_of], *fact, *text[place_of:room], *question, *answer]
-    return Needle(torch.tensor([ids]), len(answer), depth)
 
 
 @torch.inference_mode()

@@ -203,7 +203,8 @@ def make_needles(
     if not long:
         return []
     return [
-        next_tokens.needle(tokenizer, long[i % len(long)], tokens, (i + 0.5) / trials, seed=i) for i in range(trials)
+        next_tokens.make_needle(tokenizer, long[i % len(long)], tokens, (i + 0.5) / trials, seed=i)
+        for i in range(trials)
     ]
 
 

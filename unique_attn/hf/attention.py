@@ -42,7 +42,7 @@ from unique_attn.hf.reasons import (
     unknown_reason,
     warn_dense,
 )
-from unique_attn.hf.static_cache import COMPILED, LISTED, traced_step
+from unique_attn.hf.static_cache import COMPILED, LISTED, UniqueStaticLayer, traced_step
 from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
 
@@ -173,9 +173,9 @@ def _refusal(
     """Why a step is attended to densely; None if it reads pages. All that there is to compare is compared here."""
     if getattr(module, "layer_idx", None) in layer.config.dense_layers:
         return LISTED
-    if is_traced():
+    if isinstance(layer, UniqueStaticLayer) and is_traced():
         if layer.user is None or layer.user() is not module:
-            return COMPILED
+            return layer.unknown(step)
     elif layer.user is None or layer.user() is not module:
         lasting = module_reason(module, layer.window)
         if lasting is not None:

@@ -163,7 +163,7 @@ class UniqueStaticLayer(StockStaticLayer):
         if self.dense is not None:
             return self.dense
         if not self.indexed:
-            return COMPILED if is_traced() else _FIRST
+            return self.unknown(step) if is_traced() else _FIRST
         if self.checks or step.num_tokens > 1:
             agrees = self._agrees(mask, step.num_tokens)
             if is_traced() and isinstance(agrees, Tensor):
@@ -177,6 +177,10 @@ class UniqueStaticLayer(StockStaticLayer):
         if step.num_tokens > self.config.max_decode_tokens or step.stored == step.num_tokens:
             return _PROMPT
         return None if self._fits(query) else _DTYPE
+
+    def unknown(self, step: Step) -> Refusal:
+        """Why a compiled call is dense that comes before the layer turned to pages: a prompt is expected to."""
+        return COMPILED if step.num_tokens <= self.config.max_decode_tokens else _PROMPT
 
     def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend with the queries ``[B, Hq, T, D]`` of the last T tokens, which are stored."""
