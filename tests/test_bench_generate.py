@@ -92,4 +92,4 @@ def test_too_few_new_tokens() -> None:
 
 def test_committed_shapes_are_presets() -> None:
     found = [cli.parser().parse_args(command) for command in cli.committed("cuda") if command[0] == "generate"]
-    assert [each.preset for each in found] == ["16_layers", "32_layers"]
+    assert [each.preset for each in found] == ["16_layers", "32_layers", "static"]

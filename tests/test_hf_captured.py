@@ -44,7 +44,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts[1] += 1
         run(self, *args)
 
-    monkeypatch.setattr(captured, "DEVICES", ("cuda", "cpu"))
+    for module in (captured, ua.hf.cache):
+        monkeypatch.setattr(module, "CAPTURES", ("cuda", "cpu"))
     monkeypatch.setattr(captured, "_said", set())
     monkeypatch.setattr(step_graph.StepGraph, "__init__", counted_make)
     monkeypatch.setattr(step_graph.StepGraph, "run", counted_run)

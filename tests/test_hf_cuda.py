@@ -37,6 +37,16 @@ def test_small_budget_equals_the_cpu(mode):
     assert torch.equal(output.sequences.cpu(), expected.sequences)
 
 
+def test_short_contexts_are_captured():
+    inputs = on_gpu(prompt(length=10, padding=[0, 3]))
+    model = ua.enable(tiny().cuda(), ua.UniqueConfig(budget=64))
+    output = generate(model, inputs, tokens=20)
+    assert all(layers_on_pages(output.past_key_values))
+    assert_same(output, generate(tiny().cuda(), inputs, tokens=20), tolerance=1e-3)
+    off = generate(ua.enable(tiny().cuda(), ua.UniqueConfig(budget=64, graphs="off")), inputs, tokens=20)
+    assert torch.equal(torch.stack(output.logits), torch.stack(off.logits))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     inputs = on_gpu(prompt())

@@ -246,6 +246,15 @@ def test_short_contexts_stay_dense():
     assert all(layers_on_pages(output.past_key_values))
 
 
+def test_short_contexts_are_on_pages_where_steps_are_captured(monkeypatch):
+    monkeypatch.setattr(ua.hf.cache, "CAPTURES", ("cpu",))
+    output = generate(enabled(ua.UniqueConfig(budget=64)), prompt(length=10, padding=[0, 3]), tokens=20)
+    assert all(layers_on_pages(output.past_key_values))
+    assert_same(output, generate(tiny(), prompt(length=10, padding=[0, 3]), tokens=20))
+    output = generate(enabled(ua.UniqueConfig(budget=64, dense_below=100)), prompt(length=66), tokens=20)
+    assert not any(layers_on_pages(output.past_key_values))
+
+
 def test_dense_layers():
     model = enabled(ua.UniqueConfig(budget=32, dense_below=0, dense_layers=(0, 2)))
     with ua.record_selection(model) as records:

@@ -96,9 +96,11 @@ def test_other_ways_to_generate(kwargs):
 
 
 @pytest.mark.parametrize("padding", [9, 30])
-def test_prompt_in_chunks(padding):
+@pytest.mark.parametrize("how", [lambda: {"cache_implementation": "static"}, compiled], ids=["plain", "compiled"])
+def test_prompt_in_chunks(how, padding):
     model, inputs = enabled(), prompt(length=60, padding=[0, padding])
-    output = generate(model, inputs, cache_implementation="static", prefill_chunk_size=16)
+    output, messages = run_and_collect(lambda: generate(model, inputs, prefill_chunk_size=16, **how()))
+    assert messages == []
     assert_same(output, generate(model, inputs, prefill_chunk_size=16))
     assert all(sparse_layers(output.past_key_values))
 
@@ -106,10 +108,11 @@ def test_prompt_in_chunks(padding):
 def test_sparse_prefill():
     fields = {"prefill": "directional", "threshold": 0.05, "prefill_above": 64}
     model, inputs = enabled(**fields), prompt(length=200, padding=PADDING)
-    with ua.record_prefill(model) as records:
-        output = generate(model, inputs, cache_implementation="static")
-    assert records
-    assert_same(output, generate(model, inputs))
+    for kwargs, more in (({"cache_implementation": "static"}, {}), (compiled(), {"prefill_chunk_size": 150})):
+        with ua.record_prefill(model) as records:
+            output = generate(model, inputs, **kwargs, **more)
+        assert records
+        assert_same(output, generate(model, inputs, **more))
 
 
 # ---- Compiled by the user. ----
@@ -223,9 +226,11 @@ def test_code_made_by_inductor_copies_no_cache():
 def test_holes_in_the_mask_are_dense():
     inputs = prompt(length=60)
     inputs["attention_mask"][0, 20:25] = 0
-    output, messages = run_and_collect(lambda: generate(enabled(), inputs, cache_implementation="static"))
-    assert_same(output, generate(tiny(), inputs, cache_implementation="static"))
-    assert len(messages) == 1
+    for kwargs in ({"cache_implementation": "static"}, compiled()):
+        compat._warned.clear()
+        output, messages = run_and_collect(lambda kwargs=kwargs: generate(enabled(), inputs, **kwargs))
+        assert_same(output, generate(tiny(), inputs, cache_implementation="static"))
+        assert len(messages) == 1
     assert "not causal with left padding" in messages[0]
     assert not any(sparse_layers(output.past_key_values))
 

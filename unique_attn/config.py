@@ -27,7 +27,8 @@ class UniqueConfig(CheckedConfig):
         index_format: storage of the page index: ``exact`` keeps it in the keys' dtype, ``compressed`` in about 7 bits
             per channel of a page (not for ``minmax``; not for training with soft gates).
         dense_below: contexts of fewer tokens use dense attention; ``None`` means ``budget``, below which sparse
-            attention would read everything anyway.
+            attention would read everything anyway. On CUDA they are on pages even so, unless it is more than
+            ``budget``: all pages are read, in captured steps.
         dense_layers: indices of layers that always use dense attention.
         max_decode_tokens: a call with at most this many new tokens on a cache that is not empty is a decode
             step (one token, or the drafts of speculative decoding); with more it is prefill.

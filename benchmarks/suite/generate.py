@@ -7,7 +7,10 @@ by itself), and the same calls after ``unique_attn.enable(model)``. ``off`` has 
 
 A stopping criterion notes when each token is there. The time of a token is the mean over the last ``LAST`` of a
 call, so memory that grows and steps that are captured on the way count if they happen there; the slowest token behind
-the first ``FIRST`` says what they cost at worst.
+the first ``FIRST`` says what they cost at worst. A whole call comes before the timed ones: in the first one of a
+process, some attention of PyTorch makes a plan for every length of the cache, which is in ``cold_ms``, the time of a
+token in that call. ``peak_bytes`` is what the device had in use, the allocator's reserve included; ``held_bytes`` is
+what is in use after the last token without that reserve.
 """
 
 from __future__ import annotations
@@ -41,16 +44,19 @@ FIELDS = (
     "batch", "context", "layers", "heads", "head_dim", "hidden", "mlp", "vocab", "page_size", "block_size", "budget",
     "rule", "dtype",
 )  # fmt: skip
-SHORT = [512, 2048, 4096, 8192, 16384, 32768, 131072]
 PRESETS: dict[str, Sequence[Grid]] = {
     "16_layers": [
-        {**MODELS["16 layers"], "batch": [1], "context": SHORT},
-        {**MODELS["16 layers"], "batch": [8], "context": [4096, 16384, 32768]},
+        {**MODELS["16 layers"], "batch": [1], "context": [512, 2048, 8192, 32768, 131072]},
+        {**MODELS["16 layers"], "batch": [8], "context": [16384]},
         {**MODELS["16 layers"], "batch": [32], "context": [2048, 16384]},
     ],
     "32_layers": [
-        {**MODELS["32 layers"], "batch": [1], "context": [4096, 32768, 131072]},
+        {**MODELS["32 layers"], "batch": [1], "context": [32768]},
         {**MODELS["32 layers"], "batch": [8], "context": [16384]},
+    ],
+    "static": [
+        {**MODELS["16 layers"], "batch": [1], "context": [32768]},
+        {**MODELS["16 layers"], "batch": [8], "context": [16384]},
     ],
     "quick": [
         {**MODELS["16 layers"], "batch": [1], "context": [4096, 32768]},
@@ -58,11 +64,11 @@ PRESETS: dict[str, Sequence[Grid]] = {
     ],
 }
 PRESETS["table"] = [*PRESETS["16_layers"], *PRESETS["32_layers"]]
-COMMITTED = {"cuda": [["--preset", "16_layers"], ["--preset", "32_layers"]]}
+COMMITTED = {"cuda": [["--preset", "16_layers"], ["--preset", "32_layers"], ["--preset", "static", "--static"]]}
 STOCK, STATIC, OFF, UNIQUE, COMPILED, STEP = "sdpa", "static", "off", "unique", "unique-static", "step"
 FIRST = 8  # tokens of a call that are not looked at for the slowest: pages are entered there
 LAST = 64  # tokens at the end of a call whose mean is its time per token
-WARM = 12  # tokens of a call before the timed ones
+WARM = 12  # tokens of a process's first call
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +93,7 @@ class Arrivals:
 
     def __init__(self, ids: Tensor, tokens: int) -> None:
         self.times: list[float] = []
-        self.most_bytes = 0
+        self.most_bytes = self.held_bytes = 0
         self._tokens = tokens
         self._goes_on = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -98,6 +104,9 @@ class Arrivals:
         self.times.append(time.perf_counter())
         if len(self.times) in (FIRST, self._tokens):  # memory only grows
             self.most_bytes = max(self.most_bytes, _in_use(device))
+        if len(self.times) == self._tokens:
+            _clean(device)
+            self.held_bytes = _in_use(device)
         return self._goes_on
 
 
@@ -170,10 +179,8 @@ def time_calls(model: Any, ids: Tensor, tokens: int, repeats: int, side: Side) -
     device = ids.device
     _clean(device)
     before = _in_use(device)
-    generate(
-        model, ids, tokens if "cache_implementation" in more else WARM, more
-    )  # such a cache has the size of a call
-    per_token, first, slowest, most = [], [], [], 0
+    cold = generate(model, ids, tokens, more)[2].times
+    per_token, first, slowest, most, held = [], [], [], 0, 0
     for _ in range(repeats):
         out, begin, arrivals = generate(model, ids, tokens, more)
         times = arrivals.times
@@ -184,15 +191,17 @@ def time_calls(model: Any, ids: Tensor, tokens: int, repeats: int, side: Side) -
         taken = [b - a for a, b in pairwise(times)]
         slowest.append(max(taken[FIRST:]))
         assert 0 <= int(out.min()) <= int(out.max()) < model.config.vocab_size, "no tokens"
-        most = max(most, arrivals.most_bytes)
+        most, held = max(most, arrivals.most_bytes), max(held, arrivals.held_bytes)
     token = statistics.median(per_token)
     return {
         "median_ms": round(1e3 * token, 5),
         "spread_ms": [round(1e3 * each, 5) for each in (min(per_token), max(per_token))],
+        "cold_ms": round(1e3 * (cold[-1] - cold[-1 - LAST]) / LAST, 5),
         "first_ms": round(1e3 * statistics.median(first), 3),
         "slowest_ms": round(1e3 * max(slowest), 3),
         "tokens_per_s": round(len(ids) / token, 1),
         "peak_bytes": most - before if device.type == "cuda" else None,
+        "held_bytes": held - before if device.type == "cuda" else None,
         "tokens": out[:, ids.shape[1] :],
     }
 
@@ -332,5 +341,9 @@ def _cells(name: str, side: Mapping[str, Any], case: Mapping[str, Any]) -> dict[
         "first token": f"{side['first_ms']:.1f} ms" if "first_ms" in side else "",
         **{f"x {peer}": f"{factor:.2f}x" for peer, factor in case["speedups"].get(name, {}).items()},
         "of the step": f"{over:.2f}" if over else "",
-        "peak": gib(side["peak_bytes"]) if side.get("peak_bytes") is not None else "",
+        "cold": f"{side['cold_ms']:.1f}" if "cold_ms" in side else "",
+        **{
+            name: gib(side[f"{name}_bytes"]) if side.get(f"{name}_bytes") is not None else ""
+            for name in ("peak", "held")
+        },
     }

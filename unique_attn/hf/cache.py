@@ -20,6 +20,7 @@ from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, OutOfStepError, PagedTable
 
 _SHORT = Refusal("its context is short", quiet=True)
+CAPTURES = ("cuda",)  # types of devices where steps on pages are captured
 _PREFILL = Refusal("it has many new tokens", quiet=True)
 _TREE = Refusal("its mask is special to this call", quiet=True)  # a tree of drafts, for example
 _HOLES = Refusal("its attention mask is not causal with left padding", quiet=True)
@@ -255,7 +256,10 @@ class UniqueLayer(DynamicLayer):
         config = self.state.config
         if step.num_tokens > config.max_decode_tokens:
             return _PREFILL
-        return _SHORT if step.length == step.num_tokens or step.length < config.dense_limit else None
+        limit = config.dense_limit
+        if step.k.device.type in CAPTURES and limit <= config.budget:
+            limit = 0  # all pages are read as long as there are no more: as fast as any other captured step
+        return _SHORT if step.length == step.num_tokens or step.length < limit else None
 
     @staticmethod
     def _fits(step: Step, query: Tensor, stored: Tensor) -> bool:

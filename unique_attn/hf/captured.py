@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.arena import Arena, Arenas
-from unique_attn.hf.cache import UniqueLayer, config_of, state_of
+from unique_attn.hf.cache import CAPTURES, UniqueLayer, config_of, state_of
 from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicSlidingWindowLayer
 from unique_attn.hf.graph import CannotCaptureError
@@ -29,7 +29,6 @@ from unique_attn.hf.step_graph import StepGraph, WrongStepError, hook_inside
 from unique_attn.paging import PagedTable
 from unique_attn.rules import MAX_PAGES
 
-DEVICES = ("cuda",)  # types of devices where steps are captured
 _TOO_FEW_REPLAYS = ((3, 1), (8, 4))  # so many graphs, and not so many replays of each on average: they do not pay
 _logger = logging.getLogger("unique_attn")
 _said: set[tuple[type, str]] = set()
@@ -92,7 +91,7 @@ class CapturedSteps:
         state = state_of(kwargs.get(name))
         ids = kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if state is None or not isinstance(ids, Tensor) or ids.device.type not in DEVICES or ids.dim() < 2:
+        if state is None or not isinstance(ids, Tensor) or ids.device.type not in CAPTURES or ids.dim() < 2:
             return None
         config = state.config
         if config.graphs == "off" or ids.shape[1] > config.max_decode_tokens or _is_captured(ids.device):

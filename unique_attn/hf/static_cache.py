@@ -94,6 +94,7 @@ class UniqueStaticLayer(StockStaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if is_traced():
             super().lazy_initialization(key_states, value_states)
+            self._keys, self._values = self.keys, self.values  # up to PyTorch 2.11, tracing goes past the setters
             return
         with torch.inference_mode(False):  # the layer may outlive the inference mode it began in
             super().lazy_initialization(*autocast_inputs(key_states, value_states))
@@ -180,6 +181,8 @@ class UniqueStaticLayer(StockStaticLayer):
 
     def unknown(self, step: Step) -> Refusal:
         """Why a compiled call is dense that comes before the layer turned to pages: a prompt is expected to."""
+        if self.dense is not None or self.state.refused:
+            return self.dense or _HOLES
         return COMPILED if step.num_tokens <= self.config.max_decode_tokens else _PROMPT
 
     def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:

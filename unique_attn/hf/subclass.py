@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,9 @@ from unique_attn.hf.reasons import refuse_continuous_batching
 
 _STEPS = "_unique_attn_steps"  # attribute of an enabled model; None in a copy that has not been called
 _EXTENDS = "_update_model_kwargs_for_generation"  # the method of transformers that puts ones behind the mask
+_READS = "_prefill"  # the one that reads a prompt, perhaps in chunks
+_COMPILES = "_valid_auto_compile_criteria"  # the one that says whether steps, and those chunks, are compiled
+_reading: ContextVar[bool] = ContextVar("reading", default=False)  # in transformers' method that reads a prompt
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -80,17 +84,36 @@ def _watched(cls: Any) -> Any:
             hook.after_compiled(self, made.values(), before)
         return made
 
+    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _reading.set(True)
+        try:
+            return reads(self, *args, **kwargs)
+        finally:
+            _reading.reset(token)
+
+    def compiles(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Compiled chunks would be dense, whatever the settings say of prompts, and their pages not there in the next.
+        return not _reading.get() and stock_compiles(self, *args, **kwargs)
+
     names: dict[str, Any] = {
         "forward": run,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    extended: Any = getattr(cls, _EXTENDS, None)
-    if callable(extended) and extended is getattr(GenerationMixin, _EXTENDS, None):
+    extended, reads, stock_compiles = (_stock_method(cls, name) for name in (_EXTENDS, _READS, _COMPILES))
+    if extended is not None:
         names[_EXTENDS] = extend
+    if reads is not None and stock_compiles is not None:
+        names |= {_READS: read, _COMPILES: compiles}
     _classes[cls] = type(cls.__name__, (_Watched, cls), names)
     return _classes[cls]
+
+
+def _stock_method(cls: type, name: str) -> Any:
+    """The method of this name that ``cls`` has from transformers' generation, if it has that one."""
+    found = getattr(cls, name, None)
+    return found if found is not None and found is getattr(GenerationMixin, name, None) else None
 
 
 def _new(cls: type) -> Any:
