@@ -15,6 +15,7 @@ from benchmarks.report import (
     charts,
     families,
     finetune,
+    generate,
     headline,
     pages,
     plots,
@@ -43,6 +44,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What goes between which markers; empty where there is no result."""
     return {
         "headline": headline.block(results),
+        "generate results": generate.block(results),
         "demo results": summary.demo(results),
         "decode results cpu": summary.decode(results),
         "training results": training.block(results),
@@ -61,7 +63,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    parts = (headline, training, charts, quality, finetune, prefill, prefill_quality)
+    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality)
     return [path for part in parts for path in part.draw(results, folder)]
 
 

@@ -85,7 +85,7 @@ def measured(results: Sequence[Result], bench: str, side: str) -> list[tuple[Res
     return found
 
 
-def _machine(result: Result) -> str:
+def machine(result: Result) -> str:
     e = result["environment"]
     return f"{e['device']} (driver {e['driver']}, torch {e['torch']})"
 
@@ -127,7 +127,7 @@ def decode(results: Sequence[Result]) -> str:
         rules = {case["options"]["rule"] for case in cases}
         rule = f"`{o['rule']}`, " if len(rules) == 1 else ""
         parts.append(
-            f"One decode step of one layer on {_machine(result)}, {o['heads']} heads, {o['dtype']}, {rule}"
+            f"One decode step of one layer on {machine(result)}, {o['heads']} heads, {o['dtype']}, {rule}"
             f"{o['budget']} tokens of the context: time of `unique_decode`, share of the measured read bandwidth "
             f"({_ceiling(result)}) that the bytes of index and selected keys and values take, and how many times "
             f"faster than dense attention, the fastest way of {_dense_peers(result, cases)}, in the same run. CUDA "
@@ -172,7 +172,7 @@ def scores(results: Sequence[Result]) -> str:
             if len(chosen):
                 tables.append(pivot(chosen, rows, column, lambda case: share(case["ours"])))
         parts.append(
-            f"`page_scores` on {_machine(result)}, {cases[0]['options']['heads']} heads, {cases[0]['options']['dtype']}"
+            f"`page_scores` on {machine(result)}, {cases[0]['options']['heads']} heads, {cases[0]['options']['dtype']}"
             f"; D=128, S=8, `directional`, 32K, 1 query token where nothing else is said: time, and share of the read "
             f"bandwidth ({_ceiling(result)}) that the bytes of the index take.\n\n" + "\n".join(tables)
         )
@@ -186,7 +186,7 @@ def attention(results: Sequence[Result]) -> str:
         o = cases[0]["options"]
         chunks = ", ".join(f"{size} B {c['gb_per_s'] / 1e3:.2f}" for size, c in result["chunk_ceilings"].items())
         parts.append(
-            f"`sparse_decode` on {_machine(result)}, {o['heads']} heads, {o['dtype']}, {o['budget']} tokens in pages "
+            f"`sparse_decode` on {machine(result)}, {o['heads']} heads, {o['dtype']}, {o['budget']} tokens in pages "
             f"at random places of {tokens(o['context'])}: time, and share of the bandwidth of randomly placed "
             f"chunks of a page's keys, measured in the same run (TB/s: {chunks}).\n\n"
             + pivot(frame_of(cases), ["batch", "head_dim", "tokens"], "page_size", lambda case: share(case["ours"]))
@@ -201,7 +201,7 @@ def index(results: Sequence[Result]) -> str:
         o, frame = cases[0]["options"], frame_of(cases)
         frame["new"] = frame["new"].replace(0, "all")
         parts.append(
-            f"`page_index` on {_machine(result)}, {o['heads']} heads, D={o['head_dim']}, {o['dtype']}: time, and share "
+            f"`page_index` on {machine(result)}, {o['heads']} heads, D={o['head_dim']}, {o['dtype']}: time, and share "
             f"of the read bandwidth ({_ceiling(result)}) that keys read and entries written take.\n\n"
             + pivot(frame, ["batch", "context", "new", "rule"], "page_size", lambda case: share(case["ours"]))
         )
@@ -234,7 +234,7 @@ def topk(results: Sequence[Result]) -> str:
             )
         o = cases[0]["options"]
         parts.append(
-            f"`topk_pages` on {_machine(result)}, k={o['k']}, {o['dtype']}: time in a CUDA graph and of a single "
+            f"`topk_pages` on {machine(result)}, k={o['k']}, {o['dtype']}: time in a CUDA graph and of a single "
             "launched call, and how many times as long the fastest way of each peer takes; selections checked in the "
             "same run.\n\n" + markdown(pd.DataFrame(rows))
         )
@@ -263,7 +263,7 @@ def model(results: Sequence[Result]) -> str:
         ]
         fused = "; norms, rotation and MLPs fused by `torch.compile`" if all(c["compiled"] for c in cases) else ""
         parts.append(
-            f"One decode step of a whole model on {_machine(result)}: transformers' Llama with {o['layers']} layers, "
+            f"One decode step of a whole model on {machine(result)}: transformers' Llama with {o['layers']} layers, "
             f"{o['heads']} heads, D={o['head_dim']}, hidden {o['hidden']}, MLP {o['mlp']}, vocabulary {o['vocab']}, "
             f"{o['dtype']}, random weights{fused}, captured in a CUDA graph with append, logits and greedy sampling; "
             f"`{o['rule']}`, {o['budget']} tokens in pages of {o['page_size']}. Median time, tokens/s, peak memory and "
