@@ -190,7 +190,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(options.model, device, DTYPES[options.dtype])
     if options.form == "auto":
         options.form = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
-    writer = Writer(tokenizer, text, chat=options.form == "chat")
+    try:
+        writer = Writer(tokenizer, text, chat=options.form == "chat")
+    except ValueError as error:
+        raise SystemExit(f"error: --form: {error}") from error
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or lengths[-1]
     if lengths[-1] > most:
         raise SystemExit(f"error: --lengths: expected at most the {most} tokens of the model, got {lengths[-1]}")
