@@ -173,13 +173,30 @@ def tiny_model() -> Any:
     return model
 
 
-def test_answers(monkeypatch: pytest.MonkeyPatch):
+def windowed_model() -> Any:
+    """The same kind of weights, with a window in one of two layers."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=LENGTH, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight += 3
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_model, windowed_model])
+def test_answers(make: Any, monkeypatch: pytest.MonkeyPatch):
     """Read in parts or at once, and on pages that hold everything, answers are those of stock generate()."""
-    model = tiny_model()
+    model = make()
     ids = torch.randint(0, 128, (3, 300), generator=torch.Generator().manual_seed(0))
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[:, 300:]
-    for tokens in (32768, 500):
+    for tokens, chunk in ((32768, 2048), (500, 100), (150, 100)):
         monkeypatch.setattr(answers, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(answers, "CHUNK", chunk)
         cache = answers.read(model, ids[:, :-40])
         assert cache.get_seq_length() == 260
         assert torch.equal(answers.answer(model, ids, cache, None, 12), wanted)
@@ -189,7 +206,7 @@ def test_answers(monkeypatch: pytest.MonkeyPatch):
     small = unique_attn.UniqueConfig(budget=16, dense_below=0, max_decode_tokens=40)
     assert not torch.equal(answers.answer(model, ids, cache, small, 12), wanted)
     assert torch.equal(answers.answer(model, ids, cache, None, 12), wanted)  # the model is as it was
-    with pytest.raises(RuntimeError, match="no layer of LlamaForCausalLM was sparse"):
+    with pytest.raises(RuntimeError, match=f"no layer of {type(model).__name__} was sparse"):
         answers.answer(model, ids, cache, unique_attn.UniqueConfig(dense_layers=(0, 1), dense_below=0), 12)
 
 

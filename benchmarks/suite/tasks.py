@@ -20,7 +20,7 @@ import unique_attn
 from benchmarks.measure import texts as texts_of
 from benchmarks.measure.gemma import GEMMA
 from benchmarks.measure.tasks import TASKS, Sample, Writer, samples
-from benchmarks.measure.tasks.answers import answer, read
+from benchmarks.measure.tasks.answers import answer, read, tidy
 from benchmarks.measure.text_table import text_table
 from benchmarks.suite.prefill_quality import NAMES, load
 from examples.support.models import SMOLLM2
@@ -116,6 +116,7 @@ def measure_task(
         cache = read(model, ids[:, :-tail])
         for setting in (None, *ladder):
             bar.set_postfix_str(label(setting))
+            tidy(model.device)
             out = answer(model, ids, cache, None if setting is None else config(setting, tail, graphs), new_tokens)
             found = tokenizer.batch_decode(out.cpu(), skip_special_tokens=True)
             texts.setdefault(label(setting), []).extend(found)
@@ -215,8 +216,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for setting, values in scores.items():
                 found[length].setdefault(setting, {})[name] = summary(values, options.seeds)
             examples[length][name] = example(made, scores, texts, tokenizer)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     return {
         "bench": "tasks",
         "model": NAMES.get(options.model, str(options.model)),

@@ -4,6 +4,7 @@ what follows it is decoded with each of them."""
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,27 +15,33 @@ from torch import Tensor
 import unique_attn
 from unique_attn.hf.compat import DynamicCache, cache_argument
 
-PREFILL_TOKENS = 32768  # of all rows of a forward: models with sliding windows have a mask of rows x length x length
+PREFILL_TOKENS = 32768  # of a forward, all rows together
+CHUNK = (
+    2048  # tokens of a row and a forward where layers have windows: over a whole prompt these cost as much as others
+)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(model: Any, ids: Tensor) -> Any:
     """A ``DynamicCache`` of stock attention with the keys and values of ``ids`` ``[B, n]``, which have no padding."""
     dense(model)
-    name = cache_argument(model)
+    name = str(cache_argument(model))
+    windows = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers)
+    chunk = min(CHUNK, ids.shape[1]) if windows else ids.shape[1]
     caches: list[Any] = []
-    for part in ids.split(max(1, PREFILL_TOKENS // ids.shape[1])):
+    for rows in ids.split(max(1, PREFILL_TOKENS // chunk)):
         caches.append(DynamicCache(config=model.config))
-        model(part, use_cache=True, logits_to_keep=1, **{str(name): caches[-1]})
+        for part in rows.split(chunk, dim=1):
+            model(part, use_cache=True, logits_to_keep=1, **{name: caches[-1]})
     first: Any = caches[0]
-    if len(caches) > 1:  # layers of a window hold the end of rows that are equally long
+    if len(caches) > 1:  # layers with a window hold the ends of rows that are equally long
         for idx, layer in enumerate(first.layers):
             layer.keys = torch.cat([cache.layers[idx].keys for cache in caches])
             layer.values = torch.cat([cache.layers[idx].values for cache in caches])
     return first
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer(model: Any, ids: Tensor, cache: Any, config: unique_attn.UniqueConfig | None, new_tokens: int) -> Tensor:
     """Greedy continuations of prompts, of which a cache holds the beginnings.
 
@@ -77,6 +84,15 @@ def dense(model: Any) -> None:
     """Have ``model`` attend as it comes."""
     unique_attn.disable(model)
     model.set_attn_implementation("sdpa")
+
+
+def tidy(device: torch.device) -> None:
+    """Give memory back that nobody needs, if more than half of a GPU is taken."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total // 2:
+            gc.collect()  # of models that were enabled again: what their captured steps held
+            torch.cuda.empty_cache()
 
 
 def _padding(model: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from functools import lru_cache
 
 from benchmarks.measure.tasks.writing import Sample, Writer
 
@@ -20,7 +21,7 @@ def common(writer: Writer, tokens: int, rng: random.Random) -> Sample:
         f"What are the {COMMON} most common words in the list?",
         f"The {COMMON} most common words in the list are",
     )
-    words = sorted(set(re.findall(r"\b[a-z]{4,10}\b", writer.text)))
+    words = list(_vocabulary(writer.text))
     rng.shuffle(words)
     often, others = words[:COMMON], words[COMMON:]
     room = writer.room(tokens, COMMON_HEAD, question)
@@ -66,3 +67,9 @@ def frequent(writer: Writer, tokens: int, rng: random.Random) -> Sample:
             text += pieces[word]
     text += pieces[ranks[0]] * ((room - len(text)) // len(pieces[ranks[0]]))
     return writer.write(tokens, FREQUENT_HEAD, [text], question, ranks[1 : FREQUENT + 1], rng)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(text: str) -> tuple[str, ...]:
+    """Words of a text that are neither short nor long, each once."""
+    return tuple(sorted(set(re.findall(r"\b[a-z]{4,10}\b", text))))

@@ -45,13 +45,16 @@ class Writer:
     def __init__(self, tokenizer: Any, text: str, *, chat: bool = False) -> None:
         self.text = text
         self.tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
         self._around = _template(tokenizer) if chat else None
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         self._lines = [self.encode(f"\n{line}") for line in lines]
 
     def encode(self, words: str) -> list[int]:
         """Tokens of ``words`` alone, without those that the model has at the beginning of a text."""
-        found: list[int] = self.tokenizer(words, add_special_tokens=False).input_ids
+        found = self._known.get(words)
+        if found is None:
+            found = self._known[words] = self.tokenizer(words, add_special_tokens=False).input_ids
         return found
 
     def filler(self, count: int, rng: random.Random) -> list[list[int]]:
