@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sets of samples, over which deviations are taken")
     parser.add_argument("--samples", type=int, default=20, help="of a task, a length and a seed")
     parser.add_argument("--batch", type=int, default=60, help="samples that are answered at once")
-    parser.add_argument("--rules", nargs="+", default=DEFAULT_RULES, choices=list(RULES))
+    parser.add_argument("--rules", nargs="*", default=DEFAULT_RULES, choices=list(RULES), help="none: dense alone")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--page-size", type=int, default=8, choices=list(PAGE_SIZES))
     parser.add_argument(
