@@ -247,6 +247,9 @@ def plot_budgets(
     figure.text(0.02, 1 - 0.45 / figure.get_figheight(), subtitle, fontsize=9.5, color=viz.MUTED, va="top")
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     budgets = sorted({budget for lines in panels.values() for line in lines.values() for budget in line})
+    highest = max(
+        *levels.values(), *(value for lines in panels.values() for line in lines.values() for value in line.values())
+    )
     drawn: dict[str, Any] = {}
     for ax in grid.flat[len(panels) :]:
         ax.set_visible(False)
@@ -261,7 +264,8 @@ def plot_budgets(
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, [str(budget) for budget in budgets])
         ax.minorticks_off()
-        ax.set_ylim(bottom=0)
+        ax.tick_params(labelbottom=True)
+        ax.set_ylim(0, 1.06 * highest)
     for ax in grid[:, 0]:
         ax.set_ylabel("average score (%)", fontsize=8.5, color=viz.INK)
     style = {"frameon": False, "fontsize": 9, "labelcolor": viz.INK, "handlelength": 2.8}
