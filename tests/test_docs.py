@@ -97,7 +97,7 @@ def test_numbers_come_from_committed_results():
         assert page.read_text("utf-8") == text, "run `make report`"
     for name, block in report.blocks(results).items():
         homes = [page for page, text in PAGES.items() if f"<!-- {name} -->" in text]
-        assert len(homes) == bool(block), f"{name}: expected in one page, found in {homes}"
+        assert len(homes) == 1 or not (homes or block), f"{name}: expected in one page, found in {homes}"
 
 
 def test_measured_machines_are_named():

@@ -24,6 +24,7 @@ from benchmarks.report import (
     quality,
     summary,
     tables,
+    tasks,
     training,
 )
 from examples.support.results import ROOT
@@ -53,6 +54,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "families": families.block(results),
         "PREFILL-SPEED": prefill.block(results),
         "PREFILL-QUALITY": prefill_quality.block(results),
+        "TASKS": tasks.block(results),
         **tables.blocks(results),
     }
 
@@ -63,7 +65,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality)
+    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality, tasks)
     return [path for part in parts for path in part.draw(results, folder)]
 
 

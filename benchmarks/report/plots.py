@@ -214,6 +214,65 @@ def plot_panels(
     return viz.save(figure, path, {"subtitle": subtitle, "panels": panels})
 
 
+def plot_budgets(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    levels: Mapping[str, float],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str,
+    columns: int = 3,
+) -> Path:
+    """Draw small plots with the same axes: a value from 0 on against budgets by factors of two.
+
+    Args:
+        panels: by name, by name of a line, a value for each budget.
+        levels: by name of a panel, what is marked in it: the value of dense attention.
+        path: file to write.
+        title: the heading.
+        subtitle: a smaller line below it.
+        columns: most panels side by side.
+
+    Returns:
+        ``path``.
+    """
+    wide = min(columns, len(panels))
+    high = -(-len(panels) // wide)
+    figure, grid = viz.pyplot().subplots(
+        high, wide, figsize=(max(6.4, 3.1 * wide + 0.4), 2.5 * high + 1.5), facecolor=viz.PAPER, layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1, rect=(0, 0, 1, 1 - 0.75 / figure.get_figheight()))
+    figure.text(0.02, 1 - 0.12 / figure.get_figheight(), title, fontsize=15, color=viz.INK, weight="bold", va="top")
+    figure.text(0.02, 1 - 0.45 / figure.get_figheight(), subtitle, fontsize=9.5, color=viz.MUTED, va="top")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    budgets = sorted({budget for lines in panels.values() for line in lines.values() for budget in line})
+    highest = max(
+        *levels.values(), *(value for lines in panels.values() for line in lines.values() for value in line.values())
+    )
+    drawn: dict[str, Any] = {}
+    for ax in grid.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (panel, lines) in zip(grid.flat, panels.items()):
+        viz.style(ax)
+        ax.grid(color=viz.GRID, linewidth=0.7)
+        ax.axhline(levels[panel], color=viz.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        ax.set_title(panel, fontsize=9, color=viz.INK)
+        for name, line in lines.items():
+            color = viz.HEADS[names.index(name) % len(viz.HEADS)]
+            (drawn[name],) = ax.plot(*zip(*sorted(line.items())), color=color, marker="o", markersize=4, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(budgets, [str(budget) for budget in budgets])
+        ax.minorticks_off()
+        ax.tick_params(labelbottom=True)
+        ax.set_ylim(0, 1.06 * highest)
+    for ax in grid[:, 0]:
+        ax.set_ylabel("average score (%)", fontsize=8.5, color=viz.INK)
+    style = {"frameon": False, "fontsize": 9, "labelcolor": viz.INK, "handlelength": 2.8}
+    figure.legend(handles=[drawn[name] for name in names], loc="outside lower left", ncols=4, **style)
+    return viz.save(figure, path, {"subtitle": subtitle, "panels": panels, "levels": levels})
+
+
 def plot_roofline(
     points: Mapping[str, Sequence[tuple[float, float]]],
     gb_per_s: float,
