@@ -9,7 +9,7 @@ themselves are always chosen by ``topk_pages``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +76,6 @@ class Step:
     scale: float
     setting: Setting
     generator: torch.Generator | None = None
-    _statistics: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def tail(self) -> int:
@@ -118,15 +117,13 @@ class Step:
         """A part of an index ``[samples * blocks, H, pages, ...]`` as ``[samples, H, P, ...]``, fp32."""
         return x.float().unflatten(0, (len(self.q), -1)).transpose(1, 2).flatten(2, 3)
 
-    @property
+    @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Means and standard deviations ``[samples, H, P, D]`` as the index of ``directional`` stores them."""
-        if self._statistics is None:
-            paging = self.paging("directional")
-            del paging["page_size"]
-            parts = decode_index(self.index("directional"), dtype=self.k.dtype, head_dim=self.k.shape[-1], **paging)
-            self._statistics = (self.of_pages(parts[0]), self.of_pages(parts[1]))
-        return self._statistics
+        paging = self.paging("directional")
+        del paging["page_size"]
+        mean, std = decode_index(self.index("directional"), dtype=self.k.dtype, head_dim=self.k.shape[-1], **paging)
+        return self.of_pages(mean), self.of_pages(std)
 
     @cached_property
     def grouped(self) -> Tensor:
@@ -136,9 +133,9 @@ class Step:
     @cached_property
     def logits(self) -> Tensor:
         """``[samples, H, G, T, N]``, fp32, -inf for tokens that a query does not see."""
-        keys = self.k.float().permute(0, 2, 3, 1)[:, :, None]  # [samples, H, 1, D, N]
+        products = self.products(self.grouped, self.k.float().transpose(1, 2))
         hidden = torch.arange(self.k.shape[1], device=self.q.device) >= self.rows["seq_lens"][: self.tail, None]
-        return (self.grouped @ keys * self.scale).masked_fill_(hidden, -torch.inf)
+        return (products * self.scale).masked_fill_(hidden, -torch.inf)
 
     @cached_property
     def lse(self) -> Tensor:
@@ -153,7 +150,12 @@ class Step:
     def terms(self) -> tuple[Tensor, Tensor]:
         """``q . mean`` and ``sum_d q_d^2 var_d`` ``[samples, H, G, T, P]``: mean and variance of q . k in a page."""
         mean, std = self.statistics
-        return self.grouped @ mean[:, :, None].mT, self.grouped.square() @ std.square()[:, :, None].mT
+        return self.products(self.grouped, mean), self.products(self.grouped.square(), std.square())
+
+    @staticmethod
+    def products(q: Tensor, x: Tensor) -> Tensor:
+        """``[samples, H, G, T, n]`` of queries ``[samples, H, G, T, D]`` and vectors ``[samples, H, n, D]``."""
+        return (q.flatten(2, 3) @ x.mT).unflatten(2, q.shape[2:4])  # the group as rows: no copies of x
 
 
 # ---- Scores. ----
