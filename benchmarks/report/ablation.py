@@ -167,20 +167,19 @@ def _best_lambda(heads: Sequence[Row]) -> float:
 
 def term_sentences(model: str, heads: Sequence[Row]) -> str:
     """What the numbers of a model say, in words."""
+    of = {name: f"{_median(heads, name):.2f}" for name in TERMS}
     best = _best_lambda(heads)
     outweighed = sum(row["unique_ratio"] > 1 for row in heads)
     against = sum(row["rank_unique_spread"] < 0 for row in heads)
     return (
-        f"- **{model}**: with lambda = 0.5, the spread term of `unique` varies {_median(heads, 'unique_ratio'):.2f} times "
-        f"as much between pages as the mean term (median head; more than the mean term in {outweighed} of "
-        f"{len(heads)} heads), that of `directional` {_median(heads, 'directional_ratio'):.2f} times. The order of pages "
-        f"by `unique` agrees with that of its spread term by {_median(heads, 'order_spread'):.2f}, with that of the mean "
-        f"term by {_median(heads, 'order_mean'):.2f}. The true attention agrees with the mean term by "
-        f"{_median(heads, 'rank_mean'):.2f}, with the spread term of `unique` by "
-        f"{_median(heads, 'rank_unique_spread'):.2f} (negative in {against} heads), with that of `directional` by "
-        f"{_median(heads, 'rank_directional_spread'):.2f}. Of the lambdas tried, {best:g} ranks pages best "
-        f"({_median(heads, f'rank_unique_{best:g}'):.3f}; 0.5 gives {_median(heads, 'rank_unique_0.5'):.3f}); lambda = 0.5 "
-        f"adds as much as `directional` would with c = {_median(heads, 'equal_c'):.1f}.\n"
+        f"- **{model}**: with lambda = 0.5, the spread term of `unique` varies {of['unique_ratio']} times as much between "
+        f"pages as the mean term (median head; more than the mean term in {outweighed} of {len(heads)} heads), that of "
+        f"`directional` {of['directional_ratio']} times. The order of pages by `unique` agrees with that of its spread "
+        f"term by {of['order_spread']}, with that of the mean term by {of['order_mean']}. The true attention agrees with "
+        f"the mean term by {of['rank_mean']}, with the spread term of `unique` by {of['rank_unique_spread']} (negative in "
+        f"{against} heads), with that of `directional` by {of['rank_directional_spread']}. Of the lambdas tried, {best:g} "
+        f"ranks pages best ({of[f'rank_unique_{best:g}']}; 0.5 gives {of['rank_unique_0.5']}). Lambda = 0.5 adds as much "
+        f"as `directional` would with c = {_median(heads, 'equal_c'):.1f}.\n"
     )
 
 
