@@ -172,14 +172,15 @@ def term_sentences(model: str, heads: Sequence[Row]) -> str:
     outweighed = sum(row["unique_ratio"] > 1 for row in heads)
     against = sum(row["rank_unique_spread"] < 0 for row in heads)
     return (
-        f"- **{model}**: with lambda = 0.5, the spread term of `unique` varies {of['unique_ratio']} times as much between "
-        f"pages as the mean term (median head; more than the mean term in {outweighed} of {len(heads)} heads), that of "
-        f"`directional` {of['directional_ratio']} times. The order of pages by `unique` agrees with that of its spread "
-        f"term by {of['order_spread']}, with that of the mean term by {of['order_mean']}. The true attention agrees with "
-        f"the mean term by {of['rank_mean']}, with the spread term of `unique` by {of['rank_unique_spread']} (negative in "
-        f"{against} heads), with that of `directional` by {of['rank_directional_spread']}. Of the lambdas tried, {best:g} "
-        f"ranks pages best ({of[f'rank_unique_{best:g}']}; 0.5 gives {of['rank_unique_0.5']}). Lambda = 0.5 adds as much "
-        f"as `directional` would with c = {_median(heads, 'equal_c'):.1f}.\n"
+        f"- **{model}**: with lambda = 0.5, the spread term of `unique` varies {of['unique_ratio']} times as much "
+        f"between pages as the mean term (median head; more than the mean term in {outweighed} of {len(heads)} heads), "
+        f"that of `directional` {of['directional_ratio']} times. The order of pages by `unique` agrees with that of "
+        f"its spread term by {of['order_spread']}, with that of the mean term by {of['order_mean']}. The true "
+        f"attention agrees with the mean term by {of['rank_mean']}, with the spread term of `unique` by "
+        f"{of['rank_unique_spread']} (negative in {against} heads), with that of `directional` by "
+        f"{of['rank_directional_spread']}. Of the lambdas tried, {best:g} ranks pages best "
+        f"({of[f'rank_unique_{best:g}']}; 0.5 gives {of['rank_unique_0.5']}). Lambda = 0.5 adds as much as "
+        f"`directional` would with c = {_median(heads, 'equal_c'):.1f}.\n"
     )
 
 
