@@ -165,7 +165,7 @@ def _best_lambda(heads: Sequence[Row]) -> float:
     return max(LAMBDAS, key=lambda x: sum(row[f"rank_unique_{x:g}"] for row in heads))
 
 
-def term_sentences(model: str, heads: Sequence[Row]) -> str:
+def term_sentences(model: str, head_dim: int, heads: Sequence[Row]) -> str:
     """What the numbers of a model say, in words."""
     of = {name: f"{_median(heads, name):.2f}" for name in TERMS}
     best = _best_lambda(heads)
@@ -180,7 +180,8 @@ def term_sentences(model: str, heads: Sequence[Row]) -> str:
         f"{of['rank_unique_spread']} (negative in {against} heads), with that of `directional` by "
         f"{of['rank_directional_spread']}. Of the lambdas tried, {best:g} ranks pages best "
         f"({of[f'rank_unique_{best:g}']}; 0.5 gives {of['rank_unique_0.5']}). Lambda = 0.5 adds as much as "
-        f"`directional` would with c = {_median(heads, 'equal_c'):.1f}.\n"
+        f"`directional` would with c = {_median(heads, 'equal_c'):.1f}; if all {head_dim} channels scattered alike, "
+        f"that would be {0.5 * head_dim**0.5:.0f}.\n"
     )
 
 
@@ -287,7 +288,11 @@ def terms_block(results: Sequence[Result]) -> str:
     if not spreads:
         return ""
     sizes = ", ".join(f"D={result['options']['head_dim']} for {model}" for model, (result, _) in spreads.items())
-    parts = ["".join(term_sentences(model, heads) for model, (_, heads) in spreads.items())]
+    parts = [
+        "".join(
+            term_sentences(model, result["options"]["head_dim"], heads) for model, (result, heads) in spreads.items()
+        )
+    ]
     parts += [
         "Median over the heads of all layers of full attention and, in brackets, the smallest and the largest; terms "
         f"in the unit of the logits, pages of 8 tokens; {sizes}:\n\n{term_table(spreads)}"
