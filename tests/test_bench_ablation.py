@@ -81,16 +81,15 @@ def test_one_forward_is_step_by_step_decoding(family: str, setting: Setting, con
         assert float((found.logits - batch.dense).abs().max()) > 1e-2  # something was dropped
 
 
-def test_dense_and_full_budgets_are_dense_attention():
-    ids = some_ids()
-    batch = TailBatch(tiny("gemma3"), ids, 21, keep=5)
+def test_dense_and_full_budgets_are_dense_attention(device: torch.device):
+    batch = TailBatch(tiny("gemma3").to(device), some_ids(), 21, keep=5)
     assert batch.full_layers == [1, 2]
     assert batch.dense.shape == (2, 5, VOCAB)
-    torch.testing.assert_close(batch.decode(None).logits, batch.dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.decode(None).logits, batch.dense, rtol=1e-3, atol=1e-3)
     for score in SCORES:
         found = batch.decode(Setting(score, budget=232), mass=True)
-        torch.testing.assert_close(found.logits, batch.dense, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.mass[1], torch.ones_like(found.mass[1]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits, batch.dense, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.mass[1], torch.ones_like(found.mass[1]), rtol=1e-3, atol=1e-3)
 
 
 def test_bad_tails():
