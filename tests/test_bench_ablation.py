@@ -92,6 +92,17 @@ def test_dense_and_full_budgets_are_dense_attention(device: torch.device):
         torch.testing.assert_close(found.mass[1], torch.ones_like(found.mass[1]), rtol=1e-3, atol=1e-3)
 
 
+def test_16_bit_models():
+    batch = TailBatch(tiny("gemma3", dtype=torch.bfloat16), some_ids(), 21)
+    rows = ablation.measure_texts(batch, ablation.settings([64], [8, 16]))
+    assert len(rows) == 16 + 3 + 5 + 1
+    assert all(0 < row["mass"] <= 1.01 for row in rows)
+    assert all(row["kl"] < 10 for row in rows)
+    kept = {row["score"]: row["mass"] for row in rows if row["page_size"] == 8}
+    assert kept["oracle"] == max(kept.values())
+    assert len(spread_terms(batch)) == 8
+
+
 def test_bad_tails():
     with pytest.raises(ValueError, match="tail: expected 1 to 229 tokens of texts of 230, got 230"):
         TailBatch(tiny(), some_ids(), 230)
