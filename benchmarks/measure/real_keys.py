@@ -27,16 +27,10 @@ def texts(files: list[str]) -> dict[str, str]:
 
 
 @contextmanager
-def observing(model: Any, see: Callable[[Tensor, Tensor, Tensor, dict[str, Any]], object]) -> Iterator[None]:
-    """Inside, attention of ``model`` is SDPA's, and ``see`` is given what it is given: queries ``[B, Hq, T, D]``, keys
-    and values ``[B, H, n, D]``, rotary embeddings applied, and the keywords."""
+def attending(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``model`` computes attention by this function, which is given what SDPA's would be."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
-
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        see(query, key, value, kwargs)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register(_CAPTURE, attention)
     AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
@@ -48,6 +42,20 @@ def observing(model: Any, see: Callable[[Tensor, Tensor, Tensor, dict[str, Any]]
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(_CAPTURE)
         AttentionMaskInterface._global_mapping.pop(_CAPTURE)
+
+
+@contextmanager
+def observing(model: Any, see: Callable[[Tensor, Tensor, Tensor, dict[str, Any]], object]) -> Iterator[None]:
+    """Inside, attention of ``model`` is SDPA's, and ``see`` is given what it is given: queries ``[B, Hq, T, D]``, keys
+    and values ``[B, H, n, D]``, rotary embeddings applied, and the keywords."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        see(query, key, value, kwargs)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    with attending(model, attention):
+        yield
 
 
 @torch.inference_mode()

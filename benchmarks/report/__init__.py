@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import (
+    ablation,
     charts,
     families,
     finetune,
@@ -55,6 +56,9 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "PREFILL-SPEED": prefill.block(results),
         "PREFILL-QUALITY": prefill_quality.block(results),
         "TASKS": tasks.block(results),
+        "ABLATION": ablation.block(results),
+        "ABLATION-TERMS": ablation.terms_block(results),
+        "ABLATION-FAILURES": ablation.failures_block(results),
         **tables.blocks(results),
     }
 
@@ -65,7 +69,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality, tasks)
+    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality, tasks, ablation)
     return [path for part in parts for path in part.draw(results, folder)]
 
 

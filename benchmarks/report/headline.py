@@ -16,8 +16,6 @@ from examples.support.results import markdown
 SETTINGS = {"rule": "directional", "page_size": 8, "budget": 512}
 MODEL = [{"batch": 80, "context": 32768}, {"batch": 1, "context": 32768}]  # shapes, of one result
 GENERATE = [{"layers": 16, "batch": 1, "context": 32768}, {"layers": 32, "batch": 8, "context": 16384}]
-LAYER = [{"batch": 80, "context": 32768}]
-LAYER_SETTINGS = {**SETTINGS, "head_dim": 128, "index_format": "compressed"}
 FIGURE = "model_speed.png"
 BATCHES = (80, 1)  # of the picture
 INDEXES = {"unique_compressed": "compressed index", "unique_exact": "exact index"}
@@ -56,17 +54,6 @@ def _model_cases(results: Sequence[Result]) -> list[dict[str, Any]]:
     return []
 
 
-def _layers(results: Sequence[Result]) -> list[Row]:
-    """Steps of a single layer, of the first GPU that there is a result of."""
-    found: list[Row] = []
-    cases = [case for _, cases in measured(results, "decode", "unique_decode") for case in cases if case.get("peer")]
-    cases = [case for case in cases if case["environment"]["device"] == cases[0]["environment"]["device"]]
-    for case in _wanted(cases, LAYER_SETTINGS, LAYER):
-        times = case[case["peer"]]["median_ms"], case["unique_decode"]["median_ms"]
-        found.append((_name("one layer", case, found), *times))
-    return found
-
-
 def _wanted(
     cases: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
@@ -84,7 +71,7 @@ def block(results: Sequence[Result]) -> str:
     """The block ``headline``; empty without results of a GPU."""
     rows = [
         (what, ms(dense), ms(ours), f"**{dense / ours:.1f}x**")
-        for what, dense, ours in (*_calls(results), *_models(results), *_layers(results))
+        for what, dense, ours in (*_calls(results), *_models(results))
     ]
     head = ["512 tokens read", "dense", "page-sparse, compressed index", "faster"]
     return markdown(pd.DataFrame(rows, columns=head)) if rows else ""
