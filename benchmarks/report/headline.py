@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.report import generate, plots
-from benchmarks.report.tables import Result, cases_of, measured, ms, tokens
+from benchmarks.report.tables import Result, cases_of, ms, tokens
 from examples.support.results import markdown
 
 SETTINGS = {"rule": "directional", "page_size": 8, "budget": 512}

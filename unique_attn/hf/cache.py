@@ -105,7 +105,10 @@ class UniqueLayer(DynamicLayer):
             raise ValueError(
                 f"key_states: expected the {self._table.batch} rows of the cache, got {key_states.shape[0]}"
             )
-        step = Step(key_states, value_states, self._stored() + key_states.shape[2])
+        stored = self._stored()
+        if stored == 0 and self.state.plain_prompts and not torch.is_grad_enabled():
+            return super().update(key_states, value_states)  # whoever gets them does what stock would
+        step = Step(key_states, value_states, stored + key_states.shape[2])
         self._step = step
         if self._pages is None:
             step.refusal = self.dense or (_HOLES if self.state.refused else self._is_no_step(step))
@@ -488,7 +491,7 @@ def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
     if type(cache) not in (DynamicCache, UniqueCache) or cache.offloading:
         return
     if _STATE not in vars(cache) and (empty or cache.get_seq_length() > 0):
-        _turn(cache, CacheState(config))
+        _turn(cache, CacheState(config, plain_prompts=config.prefill == "dense"))
     state: CacheState | None = vars(cache).get(_STATE)
     if state is not None:
         state.met = True

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class CacheState:
     """What the layers of one cache share: the config, the table of pages, and what the masks said."""
 
-    def __init__(self, config: UniqueConfig) -> None:
+    def __init__(self, config: UniqueConfig, *, plain_prompts: bool = False) -> None:
         self.config = config
+        self.plain_prompts = plain_prompts  # nothing is to be done to prompts, by the model and by the cache
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
@@ -111,7 +112,7 @@ class CacheState:
         return known is not None and table is not None and known[0]() is mask and known[1] is table.padding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
-        state = memo[id(self)] = CacheState(self.config)
+        state = memo[id(self)] = CacheState(self.config, plain_prompts=self.plain_prompts)
         state.table, state.refused, state.met = copy.deepcopy(self.table, memo), self.refused, self.met
         state.checked = self.checked
         return state
