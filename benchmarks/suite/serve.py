@@ -1,10 +1,10 @@
 """Decoding under vLLM: milliseconds per step with vLLM's own attention and with the backend of this package.
 
-A Llama with dummy weights, one engine per side in a process of its own, with the graphs and the prefix caching that
-vLLM has by default. The prompts are random; those of a shape are read before it is timed and found in the prefix cache
-from then on, so the difference between a long and a short answer is that of decode steps alone. ``first_ms`` is the
-time to the first token of a single prompt that no cache has. With ``--load``, so many requests with prompts and
-answers of mixed lengths are served together.
+A Llama with dummy weights, one engine per side in a process of its own, with the graphs, the prefix caching and the
+scheduling beside the steps that vLLM has by default. The prompts are random; those of a shape are read before it is
+timed and found in the prefix cache from then on, so the difference between a long and a short answer is that of decode
+steps alone. ``first_ms`` is the time to the first token of a single prompt that no cache has. With ``--load``, so many
+requests with prompts and answers of mixed lengths are served together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -127,7 +128,7 @@ class _Engine:
 
     def measure(self, o: Shape, tokens: int, repeats: int) -> dict[str, Any]:
         prompts = [row[: o.context - tokens - SHORT] for row in _prompts(self.vocab, o.batch, o.context, 0)]
-        self.seconds(prompts, SHORT)
+        self.seconds(prompts, SHORT + tokens)
         differences = []
         for _ in range(repeats):
             short = self.seconds(prompts, SHORT)
@@ -167,6 +168,7 @@ class _Engine:
 
 def _serve(options: dict[str, Any], wanted: Sequence[Shape], settings: dict[str, Any] | None, pipe: Any) -> None:
     """In a process of its own: what every shape took, one message each; then the load and the engine's facts."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as by default: what is around the steps overlaps with them
     try:
         engine = _Engine(options, wanted, settings)
         for o in wanted:
@@ -200,7 +202,7 @@ def sides_of(options: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    if importlib.util.find_spec("vllm") is None:
+    if not _has_vllm():
         raise SystemExit("error: serve needs vLLM: see docs/vllm.md")
     models: dict[tuple[Any, ...], list[Shape]] = {}
     for o in shapes(options, FIELDS, PRESETS):
@@ -231,6 +233,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "engines": engines,
         "cases": cases,
     }
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
 
 
 def _in_own_process(
