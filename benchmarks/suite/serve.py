@@ -169,6 +169,7 @@ class _Engine:
 def _serve(options: dict[str, Any], wanted: Sequence[Shape], settings: dict[str, Any] | None, pipe: Any) -> None:
     """In a process of its own: what every shape took, one message each; then the load and the engine's facts."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as by default: what is around the steps overlaps with them
+    engine = None
     try:
         engine = _Engine(options, wanted, settings)
         for o in wanted:
@@ -188,6 +189,8 @@ def _serve(options: dict[str, Any], wanted: Sequence[Shape], settings: dict[str,
         pipe.send({"failed": reason(error)})
     finally:
         pipe.close()
+        if engine is not None:
+            engine.llm.llm_engine.engine_core.shutdown()  # or its process is waited for at the end of this one
 
 
 # ---- All sides. ----

@@ -478,7 +478,7 @@ class UniqueCache(DynamicCache):
         return copy.deepcopy(self)
 
 
-def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
+def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True, plain_prompts: bool = False) -> None:
     """Give a plain ``DynamicCache`` layers that can turn to pages, in place of its full-attention layers.
 
     The cache object itself stays, because ``generate`` holds on to it. Does nothing to caches of other kinds.
@@ -487,11 +487,12 @@ def adopt(cache: Any, config: UniqueConfig, *, empty: bool = True) -> None:
         cache: any transformers cache.
         config: settings, for a cache that has none of its own.
         empty: also if nothing is in the cache yet.
+        plain_prompts: what a prompt attends to is stock's, by the settings and by the model.
     """
     if type(cache) not in (DynamicCache, UniqueCache) or cache.offloading:
         return
     if _STATE not in vars(cache) and (empty or cache.get_seq_length() > 0):
-        _turn(cache, CacheState(config, plain_prompts=config.prefill == "dense"))
+        _turn(cache, CacheState(config, plain_prompts=plain_prompts))
     state: CacheState | None = vars(cache).get(_STATE)
     if state is not None:
         state.met = True

@@ -24,7 +24,7 @@ class CacheState:
 
     def __init__(self, config: UniqueConfig, *, plain_prompts: bool = False) -> None:
         self.config = config
-        self.plain_prompts = plain_prompts  # nothing is to be done to prompts, by the model and by the cache
+        self.plain_prompts = plain_prompts  # a first prompt is stored and attended to as stock does
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself

@@ -83,7 +83,8 @@ class CacheHook:
             return
         config = language_config(module)
         if config is None or config._attn_implementation == IMPLEMENTATION:
-            adopt(cache, self.config, empty=self.outermost)
+            plain = self.config.prefill == "dense" and self.train is None
+            adopt(cache, self.config, empty=self.outermost, plain_prompts=plain)
             adopt_static(cache, self.config)
 
     def turn(self, module: nn.Module, cache: Cache, mask: Any) -> None:
