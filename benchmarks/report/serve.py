@@ -30,12 +30,12 @@ def block(results: Sequence[Result]) -> str:
             for case in result["cases"]
         ]
         o = result["cases"][0]["options"]
+        longest = tokens(max(case["options"]["context"] for case in result["cases"]))
         text = (
             f"`python -m benchmarks serve` on {machine(result)}, vLLM {result['peers']['vllm']}: Llama with "
-            f"{o['layers']} layers, {o['heads']} heads, D={o['head_dim']}, bf16, dummy weights, full CUDA graphs, prefix caching, "
-            f"max_model_len {tokens(max(case['options']['context'] for case in result['cases']))}; `directional`, "
-            f"{result['budget']} tokens. A decode step, and how many times faster than vLLM's own attention in the same "
-            "run."
+            f"{o['layers']} layers, {o['heads']} heads, D={o['head_dim']}, bf16, dummy weights, full CUDA graphs, "
+            f"prefix caching, max_model_len {longest}; `directional`, {result['budget']} tokens. A decode step, and how "
+            "many times faster than vLLM's own attention in the same run."
         )
         if "note" in result:
             text += f" The engine ran {result['engine']}. This file was {result['note']}."
