@@ -34,8 +34,8 @@ def block(results: Sequence[Result]) -> str:
         text = (
             f"`python -m benchmarks serve` on {machine(result)}, vLLM {result['peers']['vllm']}: Llama with "
             f"{o['layers']} layers, {o['heads']} heads, D={o['head_dim']}, bf16, dummy weights, full CUDA graphs, "
-            f"prefix caching, max_model_len {longest}; `directional`, {result['budget']} tokens. A decode step, and how "
-            "many times faster than vLLM's own attention in the same run."
+            f"prefix caching, max_model_len {longest}; `directional`, {result['budget']} tokens. A decode step, and "
+            "how many times faster than vLLM's own attention in the same run."
         )
         if "note" in result:
             text += f" The engine ran {result['engine']}. This file was {result['note']}."
