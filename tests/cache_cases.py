@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from unique_attn import UniqueCache, UniqueConfig, reference
-from unique_attn.hf.cache import UniqueLayer
 from unique_attn.hf.handover import handed_over, whole
+from unique_attn.hf.layer import UniqueLayer
 from unique_attn.hf.masks import causal_mask
 
 HEADS, DIM, LAYERS = 2, 8, 2

@@ -16,9 +16,10 @@ from cache_cases import CONFIG, DIM, HEADS, LAYERS, attend_to, feed, paged_cache
 from transformers import DynamicCache, LlamaConfig
 
 from unique_attn import UniqueCache, UniqueConfig
-from unique_attn.hf.cache import UniqueLayer, adopt
+from unique_attn.hf.cache import adopt
 from unique_attn.hf.compat import cropped_length
 from unique_attn.hf.handover import CachedTensor, handed_over
+from unique_attn.hf.layer import UniqueLayer
 from unique_attn.hf.masks import causal_mask, left_padding, shows_padding, visible
 from unique_attn.paging import OutOfStepError
 

@@ -44,7 +44,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts[1] += 1
         run(self, *args)
 
-    for module in (captured, ua.hf.cache):
+    for module in (captured, ua.hf.layer):
         monkeypatch.setattr(module, "CAPTURES", ("cuda", "cpu"))
     monkeypatch.setattr(captured, "_said", set())
     monkeypatch.setattr(step_graph.StepGraph, "__init__", counted_make)

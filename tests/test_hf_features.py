@@ -23,7 +23,8 @@ from transformers import DynamicCache
 import unique_attn as ua
 from unique_attn.hf import compat
 from unique_attn.hf.attention import UnsupportedFeatureError, additive_mask, unique_attention_forward
-from unique_attn.hf.cache import UniqueLayer, adopt
+from unique_attn.hf.cache import adopt
+from unique_attn.hf.layer import UniqueLayer
 from unique_attn.ops import NotDifferentiableError
 
 OTHER_CACHE = (

@@ -247,7 +247,7 @@ def test_short_contexts_stay_dense():
 
 
 def test_short_contexts_are_on_pages_where_steps_are_captured(monkeypatch):
-    monkeypatch.setattr(ua.hf.cache, "CAPTURES", ("cpu",))
+    monkeypatch.setattr(ua.hf.layer, "CAPTURES", ("cpu",))
     output = generate(enabled(ua.UniqueConfig(budget=64)), prompt(length=10, padding=[0, 3]), tokens=20)
     assert all(layers_on_pages(output.past_key_values))
     assert_same(output, generate(tiny(), prompt(length=10, padding=[0, 3]), tokens=20))

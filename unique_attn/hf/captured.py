@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from unique_attn.hf.arena import Arena, Arenas
-from unique_attn.hf.cache import CAPTURES, UniqueLayer, config_of, state_of
+from unique_attn.hf.cache import config_of, state_of
 from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicSlidingWindowLayer
 from unique_attn.hf.graph import CannotCaptureError
 from unique_attn.hf.hooks import CacheHook, SelectionRecord, recorders
+from unique_attn.hf.layer import CAPTURES, UniqueLayer
 from unique_attn.hf.ring import RingLayer, join_ring
 from unique_attn.hf.states import has_states, states_of
 from unique_attn.hf.step_graph import StepGraph, WrongStepError, hook_inside

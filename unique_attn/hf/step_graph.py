@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unique_attn.hf.cache import UniqueLayer, config_of
+from unique_attn.hf.cache import config_of
 from unique_attn.hf.compat import Cache
 from unique_attn.hf.graph import beside, record
 from unique_attn.hf.hooks import CacheHook
+from unique_attn.hf.layer import UniqueLayer
 from unique_attn.hf.ring import RingLayer, ring_blocks, ring_table
 from unique_attn.hf.states import StaticStates, has_states
 from unique_attn.hf.static_pages import StepPages
