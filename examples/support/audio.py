@@ -33,7 +33,7 @@ def tiny_qwen2_audio() -> tuple[Any, Any]:
     config = transformers.Qwen2AudioConfig(
         audio_config={
             "model_type": "qwen2_audio_encoder", "d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 128, "initializer_range": 0.1,
+            "encoder_ffn_dim": 128, "num_mel_bins": 128, "initializer_range": 0.1,
         },
         text_config={
             "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
@@ -44,7 +44,7 @@ def tiny_qwen2_audio() -> tuple[Any, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Qwen2AudioForConditionalGeneration(config).eval()
-    extractor = transformers.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128)
     return model, transformers.Qwen2AudioProcessor(extractor, tokenizer)
 
 
