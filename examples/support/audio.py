@@ -21,7 +21,9 @@ def byte_tokenizer(*more: str) -> Any:
     text = Tokenizer(models.BPE(pieces, []))
     text.add_special_tokens(special)
     text.pre_tokenizer, text.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=text, pad_token="<pad>", padding_side="left")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=text, pad_token="<pad>", padding_side="left", model_input_names=["input_ids", "attention_mask"]
+    )
 
 
 def tiny_qwen2_audio() -> tuple[Any, Any]:
