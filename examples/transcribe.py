@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(talk, **template).to(options.device, dtype=model.dtype)
     length = inputs["input_ids"].shape[1]
-    print(f"audio: {len(audio) / RATE:.1f} s, {len(content)} windows; prompt: {length} tokens")
+    print(f"audio: {len(audio) / RATE:.1f} s, windows: {len(content)}; prompt: {length} tokens")
 
     def transcribe(name: str) -> None:
         for tokens in (3, options.new_tokens):  # the first one warms up

@@ -30,7 +30,7 @@ def test_a_saved_model_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = write(tmp_path / "tone.wav", tone(35.5))
     transcribe.main(["--model", str(tmp_path / "model"), "--audio", path, "--new-tokens", "8", "--budget", "64"])
     out = capsys.readouterr().out
-    seconds, windows, tokens = re.search(r"audio: ([\d.]+) s, (\d+) windows; prompt: (\d+) tokens", out).groups()
+    seconds, windows, tokens = re.search(r"audio: ([\d.]+) s, windows: (\d+); prompt: (\d+) tokens", out).groups()
     assert (seconds, windows) == ("35.5", "2")
     assert int(tokens) > 35.5 * 25
     speeds = re.findall(r"^(dense|64 of \d+ tokens a step): [\d.]+ tokens/s, (\d) of (\d) layers on pages", out, re.M)
@@ -41,7 +41,7 @@ def test_a_saved_model_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_tone_is_said_to_mean_nothing(capsys: pytest.CaptureFixture[str]):
     transcribe.main(["--seconds", "10", "--window", "0", "--new-tokens", "4", "--budget", "64"])
     out = capsys.readouterr().out
-    assert "1 windows" in out
+    assert "windows: 1;" in out
     assert "The weights are random: the words mean nothing" in out
 
 
