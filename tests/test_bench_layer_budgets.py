@@ -17,7 +17,7 @@ from test_bench_ablation import Words, some_ids
 
 from benchmarks.cli import main
 from benchmarks.measure import texts
-from benchmarks.measure.layer_budgets import DENSE, LADDER, allocate, bytes_at, losses_of, with_budgets
+from benchmarks.measure.layer_budgets import DENSE, GUARDED, LADDER, allocate, bytes_at, losses_of, with_budgets
 from benchmarks.measure.page_choice import Setting, Step
 from benchmarks.measure.tail_decode import TailBatch
 from benchmarks.report import ablation as ablation_report
@@ -143,6 +143,8 @@ def test_command(result: dict[str, Any]):
         assert row["held_out"]["kl_more"] == pytest.approx(row["held_out"]["kl"] - most["kl"], abs=1e-5)
         for each in row["chosen_on"].values():
             assert len(each["budgets"]) == 3
+            if row["method"] == GUARDED:
+                assert all(budget is None or budget >= row["total"] // 2 for budget in each["budgets"])
             if row["method"] == DENSE:
                 assert 1 <= each["budgets"].count(None) <= 2
     for method, of in found["saved"].items():

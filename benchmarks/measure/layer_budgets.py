@@ -1,13 +1,15 @@
 """One budget for all layers, or one for each? Budgets are chosen on one text and judged on the others, at equal bytes.
 
 On a text, every layer has a loss for each budget: the attention that it does not read, or that times what the layer
-costs the next tokens. Budgets of a total are chosen by these losses, byte by byte where a byte lowers them most. What
-they are worth is the bytes that one budget for all layers would read for the same KL.
+costs the next tokens. Budgets of a total are chosen by these losses, byte by byte where a byte lowers them most, from
+very small ones on, or from half of the one budget. What they are worth is the bytes that one budget for all layers
+would read for the same KL.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +27,7 @@ LADDER = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # budgets that a laye
 TOTALS = (128, 256, 384, 512)  # what is read in all is what one of these budgets would read
 PROBE = 128  # budget at which one layer alone is sparse
 DRAWS = 1000  # of the bootstrap
-MASS, SENSITIVITY, SQUARED, DENSE = "mass", "sensitivity", "squared", "dense layers"
+MASS, SENSITIVITY, SQUARED, GUARDED, DENSE = "mass", "sensitivity", "squared", "squared, half", "dense layers"
 
 Budgets = Mapping[int, int | None]  # by layer; None reads everything
 Point = tuple[float, float]  # bytes and KL
@@ -69,14 +71,14 @@ def losses_of(method: str, lost: Sequence[float], alone: float, probe: float) ->
     """Losses of a layer's budgets.
 
     Args:
-        method: ``mass``, ``sensitivity`` or ``squared``.
+        method: ``mass``, ``sensitivity``, ``squared`` or ``squared, half``.
         lost: attention lost at each budget.
         alone: KL when this layer alone is sparse.
         probe: attention that it loses then.
     """
     if method == MASS:
         return list(lost)
-    power = 2 if method == SQUARED else 1
+    power = 1 if method == SENSITIVITY else 2
     return [alone * (x / max(probe, 1e-9)) ** power for x in lost]
 
 
@@ -177,15 +179,16 @@ def layer_budgets(
         if method == DENSE:
             worst = sorted(layers, key=lambda layer: -lost[layer, sample][ladder.index(total)])
             return _with_dense_layers(run, base, worst, most, sample)
+        first = bisect_left(ladder, total // 2) if method == GUARDED else 0  # the least that a layer reads
         losses = {
-            layer: losses_of(method, lost[layer, sample], alone[layer][sample], lost[layer, sample][probe])
+            layer: losses_of(method, lost[layer, sample], alone[layer][sample], lost[layer, sample][probe])[first:]
             for layer in layers
         }
-        taken = allocate(losses, costs, most)
-        return with_budgets(base, {layer: [*ladder, None][choice] for layer, choice in taken.items()})
+        taken = allocate(losses, {layer: cost[first:] for layer, cost in costs.items()}, most)
+        return with_budgets(base, {layer: [*ladder, None][first + choice] for layer, choice in taken.items()})
 
     rows, saved = [], {}
-    for method in (MASS, SENSITIVITY, SQUARED, DENSE):
+    for method in (MASS, SENSITIVITY, SQUARED, GUARDED, DENSE):
         by_total = {total: [chosen(method, total, sample) for sample in samples] for total in totals}
         settings = {total: [s for s in each if s is not None] for total, each in by_total.items() if None not in each}
         rows += [_row(run, layers, method, uniform[total], names, each) for total, each in settings.items()]
@@ -228,7 +231,7 @@ def layer_budgets(
 
 def forwards(layers: int, texts: int) -> int:
     """How many a measurement takes at most."""
-    return layers + len(LADDER) + len(TOTALS) * texts * (3 + len(MOST_DENSE))
+    return layers + len(LADDER) + len(TOTALS) * texts * (4 + len(MOST_DENSE))
 
 
 def _with_dense_layers(run: _Measured, base: Setting, worst: Sequence[int], most: int, sample: int) -> Setting | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.measure.layer_budgets import DENSE, MASS, SENSITIVITY, SQUARED
+from benchmarks.measure.layer_budgets import DENSE, GUARDED, MASS, SENSITIVITY, SQUARED
 from benchmarks.report.summary import machine
 from benchmarks.report.tables import tokens
 from examples.support.results import markdown
@@ -19,6 +19,7 @@ NAMES = {
     MASS: "by attention lost",
     SENSITIVITY: "by attention lost times sensitivity",
     SQUARED: "by its square times sensitivity",
+    GUARDED: "the same, at least half the one budget",
     DENSE: "layers dense that lose most",
 }
 WORTH = 0.15  # share of the bytes from which on budgets for each layer are worth a setting
