@@ -69,11 +69,14 @@ def verdict(found: Found) -> str:
     held_out = {method: of["held_out"] for method, of in found["saved"].items() if of["held_out"]}
     best = max(held_out, key=lambda method: held_out[method]["mean"])
     share, low = held_out[best]["mean"], held_out[best]["low"]
+    where = "on the texts that the budgets were not chosen on"
+    limit = f"the {100 * WORTH:.0f}% from which on a setting for it would be worth having"
+    if share < 0:
+        return (
+            f"Even the best, {NAMES[best]}, reads {-100 * share:.0f}% more bytes {where}, where it should save {limit}."
+        )
     answer = "more than" if low >= WORTH else "more than, within the noise," if share >= WORTH else "less than"
-    return (
-        f"The best, {NAMES[best]}, saves {_signed(share)} on the texts that the budgets were not chosen on: {answer} "
-        f"the {100 * WORTH:.0f}% from which on a setting for it would be worth having."
-    )
+    return f"The best, {NAMES[best]}, saves {100 * share:.0f}% of the bytes {where}: {answer} {limit}."
 
 
 def layer_table(found: Found) -> str:
