@@ -9,7 +9,7 @@ themselves are always chosen by ``topk_pages``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ class Setting:
         index_format: ``exact`` or ``compressed``.
         budget: tokens that a query reads for each KV head, sink and own page included.
         dense_layers: layers that read everything.
+        layer_budgets: pairs of a layer and its budget, for layers with one of their own.
     """
 
     score: str = "directional"
@@ -43,6 +44,11 @@ class Setting:
     index_format: str = "exact"
     budget: int = 512
     dense_layers: tuple[int, ...] = ()
+    layer_budgets: tuple[tuple[int, int], ...] = ()
+
+    def of_layer(self, layer: int) -> Setting:
+        """The same with the budget of this layer for all."""
+        return replace(self, budget=dict(self.layer_budgets).get(layer, self.budget), layer_budgets=())
 
     @property
     def label(self) -> str:

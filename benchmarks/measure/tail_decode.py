@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure.page_choice import BLOCK, Setting, Step, choose
+from benchmarks.measure.page_choice import BLOCK, SCORES, Setting, Step, choose
 from benchmarks.measure.real_keys import attending
 from unique_attn import ops
 
@@ -83,6 +83,25 @@ class TailBatch:
     def full_layers(self) -> list[int]:
         return sorted(number for number, layer in self._layers.items() if not layer.window)
 
+    def bytes_read(self, setting: Setting | None, layer: int) -> tuple[int, int]:
+        """Bytes that a decode step behind a whole text reads in a layer of full attention: those of keys and values,
+        and those of index entries. None and dense layers read no index.
+
+        Raises:
+            ValueError: the score has no index, so that there is no saying what it reads.
+        """
+        kept = self._layers[layer]
+        heads, head_dim = kept.k.shape[2:]
+        token = heads * (head_dim + kept.v.shape[3]) * kept.k.itemsize
+        if setting is None or layer in setting.dense_layers:
+            return self.tokens * token, 0
+        rule = SCORES[setting.score].index_rule
+        if rule is None:
+            raise ValueError(f"setting: expected a score with an index, got {setting.score}")
+        entry = ops.index_entry_bytes(rule, head_dim, kept.k.dtype, setting.index_format)
+        pages = -(-self.tokens // setting.page_size)
+        return min(setting.of_layer(layer).budget, self.tokens) * token, heads * pages * entry
+
     # ---- Dense reading. ----
 
     @torch.inference_mode()
@@ -136,7 +155,8 @@ class TailBatch:
             scale = float(kwargs.get("scaling") or q.shape[-1] ** -0.5)
             if layer.window:
                 return self._dense(layer, q, scale), None
-            step = Step(q.transpose(1, 2), layer.k, layer.v, self.tokens, scale, setting or Setting(), generator)
+            of_layer = (setting or Setting()).of_layer(module.layer_idx)
+            step = Step(q.transpose(1, 2), layer.k, layer.v, self.tokens, scale, of_layer, generator)
             if see is not None:
                 see(module.layer_idx, step)
             if setting is None or module.layer_idx in setting.dense_layers:

@@ -18,6 +18,7 @@ from benchmarks.report import (
     finetune,
     generate,
     headline,
+    layer_budgets,
     pages,
     plots,
     prefill,
@@ -61,6 +62,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "ABLATION": ablation.block(results),
         "ABLATION-TERMS": ablation.terms_block(results),
         "ABLATION-FAILURES": ablation.failures_block(results),
+        "ABLATION-LAYERS": layer_budgets.block(results),
         **tables.blocks(results),
     }
 

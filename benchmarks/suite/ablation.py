@@ -3,7 +3,8 @@
 Texts are read densely up to a tail, whose tokens are then decoded on pages that each score chooses, through
 ``sparse_decode``: attention kept, KL and agreement of next tokens with dense attention, and six-digit codes that are
 hidden in texts and asked for. Then where it fails: which heads and tokens lose most and what helps there, and what the
-terms of the scores say about pages in every head.
+terms of the scores say about pages in every head. ``--per-layer`` measures another thing: whether a budget for each
+layer, chosen on one text, saves bytes on the others.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.measure import texts as texts_of
 from benchmarks.measure.failures import failures, token_kl
 from benchmarks.measure.gemma import GEMMA
+from benchmarks.measure.layer_budgets import PROBE, forwards, layer_budgets
 from benchmarks.measure.next_tokens import Needle, distance
 from benchmarks.measure.page_choice import BLOCK, SCORES, Setting, label
 from benchmarks.measure.spread_terms import spread_terms
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tail", type=int, default=64, help="last tokens of each text that are decoded")
     parser.add_argument("--trials", type=int, default=12, help="needles at each length, at several depths")
     parser.add_argument("--failure-budget", type=int, default=256, help="tokens at which failures are looked for")
+    parser.add_argument("--per-layer", action="store_true", help="measure budgets for each layer, and nothing else")
     parser.add_argument("--dtype", choices=list(DTYPES), default=argparse.SUPPRESS, help="bf16; fp32 on the CPU")
 
 
@@ -193,6 +196,20 @@ def measure_length(
     return {**case, "seconds": spent}
 
 
+def measure_layers(
+    model: Any, tokens: Mapping[str, Sequence[int]], length: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Budgets for each layer at one length."""
+    clock = time.perf_counter()
+    names = [name for name in tokens if len(tokens[name]) >= length]
+    batch = TailBatch(model, torch.tensor([list(tokens[name][:length]) for name in names]), options.tail)
+    rounding = float(token_kl(batch.dense, batch.decode(None).logits).mean())
+    most = forwards(len(batch.full_layers), len(names))
+    with tqdm(total=most, desc=f"{length} tokens, budgets of layers", unit="forward") as bar:
+        found = layer_budgets(batch, names, BASE, passed=bar.update)
+    return {**found, "rounding": round(rounding, 7), "seconds": round(time.perf_counter() - clock, 1)}
+
+
 # ---- The run. ----
 
 
@@ -207,7 +224,13 @@ def check(options: argparse.Namespace) -> None:
     for flag, budget in budgets.items():
         if budget < 2 * BASE.page_size:
             raise SystemExit(f"error: {flag}: expected at least {2 * BASE.page_size} tokens, got {budget}")
-    if min(options.length) <= max(options.tail, 4 * options.failure_budget):
+    if options.per_layer:
+        if min(options.length) <= max(options.tail, 4 * PROBE):
+            raise SystemExit(
+                f"error: --length: expected more than --tail and {4 * PROBE} tokens for --per-layer, "
+                f"got {min(options.length)}"
+            )
+    elif min(options.length) <= max(options.tail, 4 * options.failure_budget):
         raise SystemExit(
             f"error: --length: expected more than --tail and four times --failure-budget, "
             f"{max(options.tail, 4 * options.failure_budget)} tokens, got {min(options.length)}"
@@ -222,6 +245,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.length = LENGTHS.get(options.model, LENGTHS[SMOLLM2])
     check(options)
     options.preset = options.model if options.model in NAMES else "model"  # names the file of --results
+    options.preset = f"layers-{options.preset}" if options.per_layer else options.preset
     texts = texts_of.read(options.text)
     dtype = DTYPES[options.dtype]
     model, tokenizer = load(options.model, device, dtype)
@@ -230,6 +254,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.length = lengths = sorted({n for n in options.length if n <= longest})
     if not lengths:
         raise SystemExit(f"error: --text: expected one as long as --length, got {longest} tokens at most")
+    shared = {
+        "bench": "ablation",
+        "model": NAMES.get(options.model, str(options.model)),
+        "environment": environment(device),
+        "texts": {name: {**texts_of.facts(text), "tokens": len(tokens[name])} for name, text in texts.items()},
+    }
+    if options.per_layer:
+        alone = [n for n in lengths if sum(len(ids) >= n for ids in tokens.values()) < 2]
+        if alone:
+            raise SystemExit(f"error: --text: expected two of {alone[0]} tokens or more for --per-layer, got less")
+        budgets = [measure_layers(model, tokens, length, options) for length in lengths]
+        facts = {"dtype": options.dtype, "tail": options.tail, "head_dim": _head_dim(model)}
+        return {**shared, "options": facts, "layers": budgets[0]["layers"], "cases": [], "budgets": budgets}
     cases = []
     for length in lengths:
         cases.append(measure_length(model, tokenizer, tokens, length, options))
@@ -243,12 +280,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             setting = Setting(row["score"], row["weight"], row["page_size"], row["index_format"], row["budget"])
             row["bits"] = entry_bits(setting, head_dim, dtype)
     return {
-        "bench": "ablation",
-        "model": NAMES.get(options.model, str(options.model)),
+        **shared,
         "options": {"dtype": options.dtype, "tail": options.tail, "head_dim": head_dim, "budgets": options.budget},
         "layers": layers,
-        "environment": environment(device),
-        "texts": {name: {**texts_of.facts(text), "tokens": len(tokens[name])} for name, text in texts.items()},
         "cases": cases,
     }
 
@@ -275,11 +309,30 @@ def table(case: Mapping[str, Any], cell: Any) -> list[str]:
     return text_table(rows, left=["score", "index"])
 
 
+def layers_table(found: Mapping[str, Any]) -> list[str]:
+    """A line for each method and total: KL and what it saves, on other texts and on its own."""
+    one = {row["budget"]: row["kl"] for row in found["uniform"]}
+    lines = []
+    for method, saved in found["saved"].items():
+        of_method = [row for row in found["rows"] if row["method"] == method]
+        for number, row in enumerate(of_method):
+            cells = {where: f"{row[where]['kl']:.4f} {saved[where]['totals'][number]:+.1%}" for where in saved}
+            lines.append({"budgets by": method, "total": str(row["total"]), "one": f"{one[row['total']]:.4f}", **cells})
+    return text_table(lines, left=["budgets by"])
+
+
 def report(result: dict[str, Any]) -> str:
     o = result["options"]
     lines = [
         f"{result['model']}, {o['dtype']}, {result['environment']['device']}; {len(result['layers'])} layers sparse"
     ]
+    for found in result.get("budgets", []):
+        lines += ["", f"{found['length']} tokens, {', '.join(found['texts'])}: KL, bytes saved at equal KL", ""]
+        lines += layers_table(found)
+        for method, saved in found["saved"].items():
+            if saved["held_out"]:
+                of = saved["held_out"]
+                lines.append(f"{method}: {of['mean']:+.1%} ({of['low']:+.1%} to {of['high']:+.1%}) on other texts")
     for case in result["cases"]:
         lines += ["", f"{case['length']} tokens, {', '.join(case['texts'])}: KL, attention kept", ""]
         lines += table(case, lambda row: f"{row['kl']:.4f} {row['mass']:.3f}")
