@@ -62,8 +62,8 @@ def test_needles():
     assert torch.equal(next_tokens.make_needle(Words(), text, 400, 0.25, seed=3).ids, made.ids)
     with pytest.raises(ValueError, match="for a needle in 400, got 100"):
         next_tokens.make_needle(Words(), text[:100], 400, 0.5, seed=0)
-    assert prefill_quality.make_needles(Words(), {"short": text[:100]}, 400, 3) == []
-    several = prefill_quality.make_needles(Words(), {"a": text, "b": [2] * 500, "short": []}, 400, 4)
+    assert next_tokens.make_needles(Words(), {"short": text[:100]}, 400, 3) == []
+    several = next_tokens.make_needles(Words(), {"a": text, "b": [2] * 500, "short": []}, 400, 4)
     assert [int(each.ids[0, 0]) for each in several] == [1, 2, 1, 2]
     assert [each.depth for each in several] == [0.125, 0.375, 0.625, 0.875]
 

@@ -216,7 +216,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "load", lambda *args: (model, Characters()))
-        argv = ["tasks", "--model", "gemma3", "--lengths", "1024", "--tasks", "single", "tracking", "--seeds", "2"]
+        argv = ["tasks", "--model", "gemma3", "--length", "1024", "--tasks", "single", "tracking", "--seeds", "2"]
         argv += ["--samples", "2", "--batch", "3", "--rules", "directional", "minmax", "--budgets", "64"]
         argv += ["--index-format", "exact", "compressed", "--device", "cpu"]
         return written(tmp_path_factory.mktemp("tasks"), *argv)
@@ -248,9 +248,9 @@ def test_bad_arguments(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monkey
     for argv, complaint in (
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--budgets", "130"], "--budgets: expected multiples of --page-size 8 from 16 on, got 130"),
-        (["--lengths", "4096"], "--lengths: expected at most the 2048 tokens of the model, got 4096"),
-        (["--lengths", "128"], "--lengths 128, task single: tokens: expected at least"),
-        (["--lengths", "1024", "--form", "chat"], "--form: chat: expected a tokenizer with a chat template"),
+        (["--length", "4096"], "--length: expected at most the 2048 tokens of the model, got 4096"),
+        (["--length", "128"], "--length 128, task single: tokens: expected at least"),
+        (["--length", "1024", "--form", "chat"], "--form: chat: expected a tokenizer with a chat template"),
     ):
         with pytest.raises(SystemExit) as raised:
             main(["tasks", *argv, "--device", "cpu"])

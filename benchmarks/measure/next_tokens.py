@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "find",
     "full_layers",
     "make_needle",
+    "make_needles",
     "over_layers",
     "tail_logits",
 ]
@@ -47,6 +48,14 @@ def find(model: Any, each: Needle) -> tuple[float, bool]:
     wanted = ids[0, -each.answer :]
     nll = -logits.log_softmax(-1).gather(-1, wanted[:, None]).mean()
     return float(nll), bool((logits.argmax(-1) == wanted).all())
+
+
+def make_needles(tokenizer: Any, texts: Mapping[str, Sequence[int]], tokens: int, trials: int) -> list[Needle]:
+    """Trial i is in text i, at depths that go round evenly; texts that are too short have none."""
+    long = [text for text in texts.values() if len(text) >= tokens]
+    if not long:
+        return []
+    return [make_needle(tokenizer, long[i % len(long)], tokens, (i + 0.5) / trials, seed=i) for i in range(trials)]
 
 
 # ---- What attention takes. ----

@@ -25,12 +25,12 @@ from benchmarks.measure import texts as texts_of
 from benchmarks.measure.failures import failures, token_kl
 from benchmarks.measure.gemma import GEMMA
 from benchmarks.measure.layer_budgets import PROBE, forwards, layer_budgets
-from benchmarks.measure.next_tokens import Needle, distance
+from benchmarks.measure.next_tokens import Needle, distance, make_needles
 from benchmarks.measure.page_choice import BLOCK, SCORES, Setting, label
+from benchmarks.measure.real_models import add_model_flags, load, name_of, settle
 from benchmarks.measure.spread_terms import spread_terms
 from benchmarks.measure.tail_decode import TailBatch
 from benchmarks.measure.text_table import text_table
-from benchmarks.suite.prefill_quality import NAMES, load, make_needles
 from examples.support.models import SMOLLM2
 from examples.support.results import DTYPES, environment
 from unique_attn import ops
@@ -47,10 +47,7 @@ COMPRESSED = [  # with compressed entries, at the base's page size; the base at 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, gemma3, a Hugging Face id or a local folder")
-    parser.add_argument(
-        "--length", type=int, nargs="+", default=argparse.SUPPRESS, help="tokens: 4K 8K for smollm2, 4K 16K for gemma3"
-    )
+    add_model_flags(parser, LENGTHS, "the texts")
     parser.add_argument("--text", nargs="+", default=list(texts_of.TEXTS), help="files, or names of texts")
     parser.add_argument("--budget", type=int, nargs="+", default=BUDGETS, help="tokens that a query reads")
     parser.add_argument("--page-size", type=int, nargs="+", default=PAGE_SIZES, help="8 and others")
@@ -58,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=12, help="needles at each length, at several depths")
     parser.add_argument("--failure-budget", type=int, default=256, help="tokens at which failures are looked for")
     parser.add_argument("--per-layer", action="store_true", help="measure budgets for each layer, and nothing else")
-    parser.add_argument("--dtype", choices=list(DTYPES), default=argparse.SUPPRESS, help="bf16; fp32 on the CPU")
 
 
 def settings(budgets: Sequence[int], page_sizes: Sequence[int]) -> list[Setting]:
@@ -239,13 +235,10 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
-    if not hasattr(options, "dtype"):
-        options.dtype = "fp32" if device.type == "cpu" else "bf16"
-    if not hasattr(options, "length"):
-        options.length = LENGTHS.get(options.model, LENGTHS[SMOLLM2])
+    settle(options, LENGTHS)
     check(options)
-    options.preset = options.model if options.model in NAMES else "model"  # names the file of --results
-    options.preset = f"layers-{options.preset}" if options.per_layer else options.preset
+    if options.per_layer:
+        options.preset = f"layers-{options.preset}"
     texts = texts_of.read(options.text)
     dtype = DTYPES[options.dtype]
     model, tokenizer = load(options.model, device, dtype)
@@ -256,7 +249,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"error: --text: expected one as long as --length, got {longest} tokens at most")
     shared = {
         "bench": "ablation",
-        "model": NAMES.get(options.model, str(options.model)),
+        "model": name_of(options),
         "environment": environment(device),
         "texts": {name: {**texts_of.facts(text), "tokens": len(tokens[name])} for name, text in texts.items()},
     }

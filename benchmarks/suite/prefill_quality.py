@@ -23,16 +23,16 @@ from tqdm import tqdm
 import unique_attn
 from benchmarks.measure import next_tokens, prefill_peers
 from benchmarks.measure import texts as texts_of
-from benchmarks.measure.gemma import GEMMA, GEMMA_NAME, gemma_path
+from benchmarks.measure.gemma import GEMMA
 from benchmarks.measure.harness import measure, reason
+from benchmarks.measure.real_models import add_model_flags, load, name_of, settle
 from benchmarks.measure.text_table import text_table
-from examples.support.models import SMOLLM2, SMOLLM2_NAME, load_model
+from examples.support.models import SMOLLM2
 from examples.support.results import DTYPES, environment
 from unique_attn import ops
 
 Setting = dict[str, Any]  # method, and threshold or top_p
 LENGTHS = {SMOLLM2: [2048, 4096, 8192], GEMMA: [2048, 4096, 8192, 16384, 32768]}
-NAMES = {SMOLLM2: SMOLLM2_NAME, GEMMA: GEMMA_NAME}
 THRESHOLDS = [0.1, 0.05, 0.03, 0.017, 0.01, 0.005, 0.0]  # 0 keeps everything: what rounding alone does
 TOP_P = [0.8, 0.9, 0.95, 0.98]
 NATIVE = {"directional": "threshold", "unisparse": "top_p"}  # how each method selects where nothing is said
@@ -40,14 +40,7 @@ DENSE = "sdpa"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, gemma3, a Hugging Face id or a local folder")
-    parser.add_argument(
-        "--length",
-        type=int,
-        nargs="+",
-        default=argparse.SUPPRESS,
-        help="tokens of the prompts: 2K to 8K for smollm2, 2K to 32K for gemma3",
-    )
+    add_model_flags(parser, LENGTHS, "the prompts")
     parser.add_argument(
         "--text", nargs="+", default=list(texts_of.TEXTS), help=f"files, or of {', '.join(texts_of.TEXTS)}"
     )
@@ -57,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--both", action="store_true", help="thresholds and top-p with every method")
     parser.add_argument("--tail", type=int, default=1024, help="last tokens whose next tokens are compared")
     parser.add_argument("--trials", type=int, default=12, help="needles at each length, at several depths")
-    parser.add_argument("--dtype", choices=list(DTYPES), default=argparse.SUPPRESS, help="bf16; fp32 on the CPU")
     parser.set_defaults(repeats=5)
 
 
@@ -195,34 +187,12 @@ def measure_needles(
     return found
 
 
-def make_needles(
-    tokenizer: Any, texts: Mapping[str, Sequence[int]], tokens: int, trials: int
-) -> list[next_tokens.Needle]:
-    """Trial i is in text i, at depths that go round evenly; texts that are too short have none."""
-    long = [text for text in texts.values() if len(text) >= tokens]
-    if not long:
-        return []
-    return [
-        next_tokens.make_needle(tokenizer, long[i % len(long)], tokens, (i + 0.5) / trials, seed=i)
-        for i in range(trials)
-    ]
-
-
 # ---- The run. ----
-
-
-def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    source = gemma_path() if name == GEMMA else name
-    model, tokenizer = load_model(source, device=device, dtype=dtype, quiet=True)
-    return model.requires_grad_(False), tokenizer
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
-    if not hasattr(options, "dtype"):
-        options.dtype = "fp32" if device.type == "cpu" else "bf16"
-    if not hasattr(options, "length"):
-        options.length = LENGTHS.get(options.model, LENGTHS[SMOLLM2])
+    settle(options, LENGTHS)
     if min(options.length) <= options.tail:
         raise SystemExit(
             f"error: --length: expected more than the {options.tail} tokens of --tail, got {min(options.length)}"
@@ -232,7 +202,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ladder = settings(options)
     if not ladder:
         raise SystemExit("error: --threshold, --top-p: expected a value for one of the methods, got none")
-    options.preset = options.model if options.model in NAMES else "model"  # names the file of --results
     texts = texts_of.read(options.text)
     model, tokenizer = load(options.model, device, DTYPES[options.dtype])
     tokens = {name: tokenizer(text).input_ids for name, text in texts.items()}
@@ -253,12 +222,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         worst = max(case["settings"], key=lambda row: row["kl"])
         tqdm.write(f"  {name}, {n} tokens: KL up to {worst['kl']:.4f} at {worst['density']:.3f}", file=sys.stderr)
     for n in tqdm(sorted(set(options.length)), desc="needles", unit="length"):
-        made = make_needles(tokenizer, tokens, n, options.trials)
+        made = next_tokens.make_needles(tokenizer, tokens, n, options.trials)
         if made:
             needles.append({"length": n, "results": measure_needles(model, made, ladder)})
     return {
         "bench": "prefill_quality",
-        "model": NAMES.get(options.model, str(options.model)),
+        "model": name_of(options),
         "options": {"dtype": options.dtype, "tail": options.tail, "trials": options.trials, "repeats": options.repeats},
         "layers": sorted(int(layer) for layer in cases[0]["settings"][0]["layers"]) if cases else [],
         "environment": environment(device),

@@ -19,10 +19,10 @@ from tqdm import tqdm
 import unique_attn
 from benchmarks.measure import texts as texts_of
 from benchmarks.measure.gemma import GEMMA
+from benchmarks.measure.real_models import add_model_flags, load, name_of, settle
 from benchmarks.measure.tasks import TASKS, Sample, Writer, samples
 from benchmarks.measure.tasks.answers import answer, read, tidy
 from benchmarks.measure.text_table import text_table
-from benchmarks.suite.prefill_quality import NAMES, load
 from examples.support.models import SMOLLM2
 from examples.support.results import DTYPES, environment
 from unique_attn.rules import INDEX_FORMATS, PAGE_SIZES, RULES
@@ -35,14 +35,7 @@ DENSE = "dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, gemma3, a Hugging Face id or a local folder")
-    parser.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=argparse.SUPPRESS,
-        help="tokens of prompt and answer: 4K and 8K for smollm2, 4K to 32K for gemma3",
-    )
+    add_model_flags(parser, LENGTHS, "prompt and answer")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3, help="sets of samples, over which deviations are taken")
     parser.add_argument("--samples", type=int, default=20, help="of a task, a length and a seed")
@@ -64,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts by the model's chat template, or as a text that goes on; auto is chat where there is a template",
     )
     parser.add_argument("--graphs", default="auto", choices=["auto", "off"], help="captured decode steps on CUDA")
-    parser.add_argument("--dtype", choices=list(DTYPES), default=argparse.SUPPRESS, help="bf16; fp32 on the CPU")
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
@@ -181,12 +173,8 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     check(options)
     device = torch.device(options.device)
-    if not hasattr(options, "dtype"):
-        options.dtype = "fp32" if device.type == "cpu" else "bf16"
-    if not hasattr(options, "lengths"):
-        options.lengths = LENGTHS.get(options.model, LENGTHS[SMOLLM2])
-    options.preset = options.model if options.model in NAMES else "model"  # names the file of --results
-    ladder, lengths = settings(options), sorted(set(options.lengths))
+    settle(options, LENGTHS)
+    ladder, lengths = settings(options), sorted(set(options.length))
     text = texts_of.technical()
     model, tokenizer = load(options.model, device, DTYPES[options.dtype])
     if options.form == "auto":
@@ -197,7 +185,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"error: --form: {error}") from error
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or lengths[-1]
     if lengths[-1] > most:
-        raise SystemExit(f"error: --lengths: expected at most the {most} tokens of the model, got {lengths[-1]}")
+        raise SystemExit(f"error: --length: expected at most the {most} tokens of the model, got {lengths[-1]}")
     work = [(length, name) for length in lengths for name in dict.fromkeys(options.tasks)]
     each = options.seeds * options.samples
     found: dict[int, dict[str, dict[str, Any]]] = {length: {} for length in lengths}
@@ -210,7 +198,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     one for seed in range(options.seeds) for one in samples(name, writer, length, seed, options.samples)
                 ]
             except ValueError as error:
-                raise SystemExit(f"error: --lengths {length}, task {name}: {error}") from error
+                raise SystemExit(f"error: --length {length}, task {name}: {error}") from error
             new_tokens = TASKS[name].new_tokens
             scores, texts = measure_task(model, tokenizer, made, ladder, new_tokens, options.batch, options.graphs, bar)
             for setting, values in scores.items():
@@ -218,7 +206,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             examples[length][name] = example(made, scores, texts, tokenizer)
     return {
         "bench": "tasks",
-        "model": NAMES.get(options.model, str(options.model)),
+        "model": name_of(options),
         "options": {
             "dtype": options.dtype,
             "seeds": options.seeds,
