@@ -182,6 +182,17 @@ def test_samples(tiny: Tiny):
         finetuning.sample(tiny.tokenizer, tiny.sentences, rng, 60, cities=CITIES, facts=9, questions=2)
 
 
+def test_long_sequences_have_as_many_facts_as_there_are_places(tiny: Tiny):
+    places = len(HELD_OUT_CITIES) * len(PLACES)
+    long = 64 * places + 2000
+    made = Evaluation.of(
+        tiny.tokenizer, tiny.held_out * 40, length=long, windows=1, prompts=1, skipped=8, batch=1
+    ).samples[0]
+    assert len(made.ids) == long
+    assert sum(weight == 0 for weight in made.weights) >= places
+    assert finetuning.fact_count(640, CITIES) == 10
+
+
 def test_training_never_sees_what_is_measured(tiny: Tiny):
     together = [*tiny.sentences, *tiny.held_out]
     whole = tiny.tokenizer(TEXT.read_text("utf-8").strip()).input_ids

@@ -139,6 +139,11 @@ def prose_window(sentences: Sequence[Tokens], start: int, length: int) -> list[T
     return window
 
 
+def fact_count(length: int, cities: Sequence[str]) -> int:
+    """Facts in a sequence of ``length`` tokens: one in 64 tokens, as far as there are places to tell of."""
+    return min(max(2, length // TOKENS_PER_FACT), len(cities) * len(PLACES))
+
+
 def sample(
     tokenizer: Any,
     sentences: Sequence[Tokens],
@@ -190,8 +195,8 @@ def training_data(
 ) -> list[dict[str, Tensor]]:
     """``count`` sequences; ``share`` of them with facts and questions, whose answers weigh ``weight`` a token."""
     rng = random.Random(seed)
-    facts, questions = max(2, length // TOKENS_PER_FACT), max(1, length // TOKENS_PER_QUESTION)
     cities = CITIES[: -len(HELD_OUT_CITIES)]
+    facts, questions = fact_count(length, cities), max(1, length // TOKENS_PER_QUESTION)
     data = []
     for _ in range(count):
         many = (facts, questions) if rng.random() < share else (0, 0)

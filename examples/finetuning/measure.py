@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import unique_attn
-from examples.finetuning.data import HELD_OUT, HELD_OUT_CITIES, TOKENS_PER_FACT, Sample, Tokens, sample
+from examples.finetuning.data import HELD_OUT, HELD_OUT_CITIES, Sample, Tokens, fact_count, sample
 from examples.support import evaluate
 from unique_attn import TrainConfig, UniqueConfig
 from unique_attn.hf.hooks import attention_modules
@@ -60,7 +60,7 @@ class Evaluation:
                 f"give about {need} tokens in all or a smaller --length"
             )
         rng = random.Random(1)
-        facts = max(2, length // TOKENS_PER_FACT)
+        facts = fact_count(length, HELD_OUT_CITIES)
         samples = [
             sample(tokenizer, sentences, rng, length, cities=HELD_OUT_CITIES, facts=facts, questions=1)
             for _ in range(prompts)
