@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import DEVICES, Spec, assert_same, build, needs_cuda
 from torch import Tensor
 
-from unique_attn import ops
+from unique_attn import ops, reference
 
 Change = Callable[[Any], Any]
 
@@ -45,7 +46,10 @@ def arguments(name: str, device: str) -> dict[str, Any]:
         return {"q": case.q, **caches, "pages": pages, **table, "page_size": 4, "window": 0}
     budget = torch.tensor([4, 3], dtype=torch.int32, device=device)
     step = {"q": case.q, "k": case.k, "v": case.v, **caches, "index": case.index, **table, "num_pages": 4}
-    return {**step, **scoring, "sink_pages": 1, "recent_pages": 1, "budget_pages": budget}
+    return {
+        **step, **scoring, "sink_pages": 1, "recent_pages": 1, "budget_pages": budget, "out": torch.ones_like(case.q),
+        "slot_mapping": reference.step_slots(case.block_table, case.seq_lens, 2, case.k_cache.shape[2]),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,11 @@ def all_bad() -> list[Bad]:
         Bad("topk_pages", "block_table", lambda x: x[:, :3].contiguous(), ("16", "3 blocks")),
         Bad("topk_pages", "pages_per_block", value(0), ("got 0",)),
         *bad_tensor("unique_decode", "budget_pages", "int32", torch.int64, 0),
+        *bad_tensor("unique_decode", "slot_mapping", "int64", torch.int32, 0),
+        Bad("unique_decode", "slot_mapping", lambda x: x.repeat_interleave(2)[::2], ("contiguous",)),
+        *bad_tensor("unique_decode", "out", "float32", torch.bfloat16, 0),
+        Bad("unique_decode", "out", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), ("contiguous",)),
+        Bad("unique_decode", "out", lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape), ("16 bytes",)),
         *bad_tensor("sparse_decode", "pages", "int32", torch.int64, 0),
         Bad("sparse_decode", "pages", lambda x: x.mT.contiguous().mT, ("contiguous",)),
         Bad("sparse_decode", "pages", lambda x: x[..., :0], ("got 0",)),
@@ -323,6 +332,7 @@ VALUES = [
     *((op, *each) for op in ("page_index", "page_scores", "sparse_decode", "unique_decode") for each in BLOCKS),
     *(("topk_pages", *each) for each in BLOCKS if each[2] != 17),  # it does not know how many there are
     *(("append_kv", "slot_mapping", (2,), bad) for bad in (15 * 8, 2**40, 2**63 - 1)),
+    *(("unique_decode", "slot_mapping", (2,), bad) for bad in (0, 2**40, 2**63 - 1)),
     *(("sparse_decode", "pages", (1, 0, 1, 2), bad) for bad in (16, 2**31 - 1)),
     *(("page_index", "start_lens", (1,), bad) for bad in (-1, -(2**31), 39, 2**31 - 1)),
 ]

@@ -274,6 +274,13 @@ def test_report(result: dict[str, Any], tmp_path: Path):
     assert "| rule, budget | needle | variables | average |" in block
     assert "| `directional`, 64 | 80 ± 12 | 0 ± 0 | 70.0 ± 5.2 |" in block
     assert "| `directional`, compressed, 512 | 50 ± 12 |" in block
+    assert "| `directional`, 64 | 70.0 ± 5.2 |" in block  # the table of averages
+    longer = {**scored, "cases": [{**scored["cases"][0], "length": 4096}]}
+    assert "| rule, budget | 1K tokens | 4K tokens |" in tasks_report.block([longer, scored])
+    lost = tasks_report.failures_block([longer, scored])
+    assert "4K tokens, `directional`" in lost
+    assert "1K tokens" not in lost
+    assert re.search(r"\| needle \| 90 ± 12 \| 80 ± 12 \| 64 \| `.+` \| `.+` \| `.+` \| `.+` \|", lost)
     (path,) = tasks_report.draw([scored, {**scored, "model": "Other"}], tmp_path)
     shown = numbers(path)
     name = f"{scored['model']}, 1K tokens"

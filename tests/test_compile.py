@@ -98,6 +98,7 @@ def test_opcheck_with_optional_arguments() -> None:
     case = finite_case("cpu")
     with Recorder() as recorder:
         step(case, 4, new_keys=False, window=30)
+        step(case, 4, out=torch.empty_like(case.q))
         ops.topk_pages(
             torch.randn(2, 2, 2, 8), case.seq_lens, 4, page_size=8, block_table=case.block_table, pages_per_block=2
         )

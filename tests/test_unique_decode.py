@@ -104,6 +104,57 @@ def test_without_new_keys(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("new_keys", [True, False])
+@pytest.mark.parametrize("num_pages", [4, 40])
+def test_into_memory_of_the_caller(device: str, new_keys: bool, num_pages: int) -> None:
+    """`out` in the middle of a larger tensor, as an engine's buffer; with few and with many pages, which are split."""
+    case = build(Spec((400, 7), 3, page_size=8, head_dim=64), device)
+    given = case.clone()
+    expected = step(case, num_pages, new_keys=new_keys)
+    buffer = torch.full((case.q.shape[0] + 2, *case.q.shape[1:]), torch.nan, device=device, dtype=case.q.dtype)
+    out, lse, pages = step(given, num_pages, new_keys=new_keys, out=buffer[1:-1])
+    assert out.data_ptr() == buffer[1].data_ptr()
+    for got, each in zip((buffer[1:-1], lse, pages), expected, strict=True):
+        assert_same(got, each)
+    assert buffer[[0, -1]].isnan().all()
+    for name in ("k_cache", "v_cache", "index"):
+        assert_same(getattr(given, name), getattr(case, name), name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_new_tokens_without_a_slot_are_not_written(device: str) -> None:
+    """The padding of an engine's captured steps; else as with all slots."""
+    case = build(Spec((61, 7, 12), 3, page_size=8), device)
+    forget_last_tokens(case)
+    slots = reference.step_slots(case.block_table, case.seq_lens, 3, case.k_cache.shape[2])
+    whole, one, parts = case.clone(), case.clone(), case.clone()
+    for got, each in zip(step(whole, 4, slot_mapping=slots), step(case, 4), strict=True):
+        assert_same(got, each)
+    assert_same(whole.k_cache, case.k_cache)
+    slots[[1, 3, 4, 5]] = -1
+    result = step(one, 4, slot_mapping=slots)
+    ops.append_kv(parts.k.flatten(0, 1), parts.v.flatten(0, 1), parts.k_cache, parts.v_cache, slots)
+    for got, each in zip(result, step(parts, 4, new_keys=False), strict=True):
+        assert_same(got, each)
+    for name in ("k_cache", "v_cache", "index"):
+        assert_same(getattr(one, name), getattr(parts, name), name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rule", "index_format"), INDEXES)
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_table_as_wide_as_any_length_to_come(device: str, rule: str, index_format: str, window: int) -> None:
+    """A captured step's table is for the longest sequence there may be; rows are cut by their own lengths."""
+    spec = Spec((900, 33, 1), 1, 2, 4, 64, 8, 2, dtype=torch.bfloat16, rule=rule, index_format=index_format)
+    case = build(spec, device)
+    wide = case.clone()
+    wide.block_table = F.pad(case.block_table, (0, 3000), value=-1)
+    for got, expected in zip(poisoned(lambda: step(wide, 8, window=window)), step(case, 8, window=window), strict=True):
+        assert_same(got, expected)
+    assert_same(wide.index, case.index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 def test_budget_beyond_the_context_is_dense_sdpa(device: str, dtype: torch.dtype) -> None:
     for rule, index_format in INDEXES:

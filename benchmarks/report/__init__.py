@@ -59,6 +59,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "PREFILL-QUALITY": prefill_quality.block(results),
         "serve results": serve.block(results),
         "TASKS": tasks.block(results),
+        "TASK-FAILURES": tasks.failures_block(results),
         "ABLATION": ablation.block(results),
         "ABLATION-TERMS": ablation.terms_block(results),
         "ABLATION-FAILURES": ablation.failures_block(results),

@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
       "Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, float spread_weight, "
       "int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(  // into memory of the caller: lse and pages are returned
+      "unique_decode.out(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) index, "
+      "Tensor block_table, Tensor seq_lens, int num_pages, int page_size, int rule, int index_format, "
+      "float spread_weight, int sink_pages, int recent_pages, float scale, int window, Tensor? budget_pages, "
+      "Tensor? slot_mapping, Tensor(d!) out) -> (Tensor, Tensor)");
   m.def(
       "page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int max_seqlen, int k, int page_size, int rule, "
       "float spread_weight, int sink_pages, int recent_pages) -> Tensor");
@@ -67,6 +72,7 @@ STABLE_TORCH_LIBRARY(unique_attn, m) {
   m.impl("sparse_decode", TORCH_BOX(&unique_attn::sparse_decode));                   \
   m.impl("unique_decode", TORCH_BOX(&unique_attn::unique_decode));                   \
   m.impl("unique_decode.stored", TORCH_BOX(&unique_attn::unique_decode_stored));     \
+  m.impl("unique_decode.out", TORCH_BOX(&unique_attn::unique_decode_out));           \
   m.impl("page_boundary", TORCH_BOX(&unique_attn::page_boundary));                   \
   m.impl("soft_mask_forward", TORCH_BOX(&unique_attn::soft_mask_forward));           \
   m.impl("soft_mask_backward", TORCH_BOX(&unique_attn::soft_mask_backward));         \

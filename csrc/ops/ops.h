@@ -37,7 +37,8 @@ struct SparseDecodeCall {
   std::optional<Tensor> workspace;
 };
 
-// `slots` is the slot mapping [B * T], or null to append the last T tokens of each sequence through `table`.
+// `slots` is the slot mapping [B * T]; with a `table`, through which the last T tokens of each sequence are appended, it
+// leaves some out, or is null.
 AppendKvCall prepare_append_kv(const Arguments& args, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                const Tensor& v_cache, const int64_t* slots, const PageTable& table);
 PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, const Tensor& index,
@@ -54,7 +55,8 @@ TopkPagesCall prepare_topk_pages(const Arguments& args, const Tensor& scores, co
                                  const std::optional<Tensor>& block_table, int64_t pages_per_block);
 SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
-                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window);
+                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window,
+                                       const std::optional<Tensor>& out = std::nullopt);
 
 // ---- The registered functions; library.cpp has their schemas. ----
 
@@ -81,5 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> unique_decode_stored(Tensor q, Tensor k_cache
                                                         double spread_weight, int64_t sink_pages, int64_t recent_pages,
                                                         double scale, int64_t window,
                                                         std::optional<Tensor> budget_pages);
+// The same into `out`, without the tokens whose slot is negative: lse and pages.
+std::tuple<Tensor, Tensor> unique_decode_out(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v, Tensor k_cache,
+                                             Tensor v_cache, Tensor index, Tensor block_table, Tensor seq_lens,
+                                             int64_t num_pages, int64_t page_size, int64_t rule, int64_t index_format,
+                                             double spread_weight, int64_t sink_pages, int64_t recent_pages,
+                                             double scale, int64_t window, std::optional<Tensor> budget_pages,
+                                             std::optional<Tensor> slot_mapping, Tensor out);
 
 }  // namespace unique_attn

@@ -2,10 +2,28 @@
 #include "value_checks.h"
 
 namespace unique_attn {
+namespace {
+
+// Memory of the caller for what attention gives for q.
+void check_out(const Arguments& args, const Tensor& out, const Tensor& q) {
+  args.tensor("out", out, q.scalar_type(), 4);
+  for (int64_t dim = 0; dim < 4; ++dim) args.size("out", out, dim, q.size(dim), "as in q");
+  args.contiguous("out", out);
+  const auto address = reinterpret_cast<uintptr_t>(out.data_ptr());
+  if (address % 16 != 0) {  // kernels store vectors
+    fail(args.op(), "out", "expected memory that begins at a multiple of 16 bytes, got ", address % 16, " past one");
+  }
+  if (out.numel() > 0 && out.data_ptr() == q.data_ptr()) {
+    fail(args.op(), "out", "expected memory of its own, got that of q");
+  }
+}
+
+}  // namespace
 
 SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& pages, const Tensor& block_table,
-                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window) {
+                                       const Tensor& seq_lens, int64_t page_size, double scale, int64_t window,
+                                       const std::optional<Tensor>& given_out) {
   SparseDecodeParams p;
   std::optional<Tensor> keep_q, workspace;
   p.dtype = args.dtype();
@@ -34,7 +52,8 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.window = static_cast<int>(window);
   p.pages = static_cast<const int32_t*>(pages.data_ptr());
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = allocate(q, q.sizes(), q.scalar_type());
+  if (given_out.has_value()) check_out(args, *given_out, q);
+  Tensor out = given_out.has_value() ? *given_out : allocate(q, q.sizes(), q.scalar_type());
   Tensor lse = allocate(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
   p.out = out.data_ptr();
   p.lse = lse.data_ptr();

@@ -114,6 +114,22 @@ void check_values(const char* op, const TableOnHost& host, const SparseDecodePar
   }
 }
 
+void check_values(const char* op, const TableOnHost& host, const AppendKvParams& p, const Tensor& slot_mapping) {
+  const Tensor slots = on_host(slot_mapping);
+  const auto* values = static_cast<const int64_t*>(slots.data_ptr());
+  for (int64_t n = 0; n < slots.numel(); ++n) {
+    if (values[n] < 0) continue;
+    const int64_t b = n / p.num_tokens;
+    const int position = query_position(host.table.seq_lens[b], p.num_tokens, static_cast<int>(n % p.num_tokens));
+    const TokenPlace place = table_place(host.table, b, position);
+    const int64_t expected = place.block < 0 ? -1 : place.block * p.block_size + place.offset;
+    if (values[n] != expected) {
+      fail(op, "slot_mapping", "expected ", expected, ", where block_table has the token, or a negative number, got ",
+           values[n], " at [", n, "]");
+    }
+  }
+}
+
 void check_slots(const char* op, const Tensor& slots, int64_t num_slots) {
   const Tensor host = on_host(slots);
   const auto* values = static_cast<const int64_t*>(host.data_ptr());

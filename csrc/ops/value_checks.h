@@ -27,6 +27,8 @@ class TableOnHost {
 void check_values(const char* op, const TableOnHost& host, PageIndexParams params,
                   const std::optional<Tensor>& start_lens);
 void check_values(const char* op, const TableOnHost& host, PageScoresParams params);
+// Slots of a step that appends through its table.
+void check_values(const char* op, const TableOnHost& host, const AppendKvParams& params, const Tensor& slot_mapping);
 void check_values(const char* op, const TableOnHost& host, const TopkPagesParams& params);
 void check_values(const char* op, const TableOnHost& host, const SparseDecodeParams& params, const Tensor& pages);
 void check_slots(const char* op, const Tensor& slots, int64_t num_slots);

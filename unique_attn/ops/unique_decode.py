@@ -10,6 +10,7 @@ from unique_attn.rules import format_id, rule_info, weight_of
 
 _OP = torch.ops.unique_attn.unique_decode.default
 _STORED = torch.ops.unique_attn.unique_decode.stored
+_OUT = torch.ops.unique_attn.unique_decode.out
 
 
 def unique_decode(
@@ -32,6 +33,8 @@ def unique_decode(
     window: int = 0,
     budget_pages: torch.Tensor | None = None,
     index_format: str = "exact",
+    slot_mapping: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`append_kv` (when ``k`` and ``v`` are given), :func:`page_index` of the last T tokens' pages,
     :func:`page_scores`, :func:`topk_pages` and :func:`sparse_decode`, with results identical to theirs.
@@ -51,6 +54,11 @@ def unique_decode(
         num_pages: pages per row (the budget in pages, k of the paper).
         rule, page_size, spread_weight, sink_pages, recent_pages, scale, window, budget_pages, index_format: as in the
             single ops.
+        slot_mapping: int64 ``[B * T]``, as an engine's: new tokens with a negative number are not written. Other
+            numbers are the places that ``block_table`` has for them, block * block_size + offset. None: all are
+            written.
+        out: ``[B, T, Hq, D]`` of q's dtype, contiguous, with memory of its own that begins at a multiple of 16 bytes;
+            None: allocated. Written.
 
     Returns:
         ``out`` ``[B, T, Hq, D]``, ``lse`` ``[B, T, Hq]`` and the selected logical ``pages`` ``[B, T, H, num_pages]``.
@@ -64,9 +72,12 @@ def unique_decode(
     weight = weight_of(info, spread_weight)
     scale = softmax_scale(q) if scale is None else float(scale)
     if torch.is_grad_enabled():
-        reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+        reject_grad("unique_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, out=out)
     index_id = format_id(index_format, rule)
     numbers = (num_pages, page_size, info.id, index_id, weight, sink_pages, recent_pages, scale, window, budget_pages)
+    if out is not None or slot_mapping is not None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        return out, *_OUT(q, k, v, k_cache, v_cache, index, block_table, seq_lens, *numbers, slot_mapping, out)
     if k is None and v is None:
         return _STORED(q, k_cache, v_cache, index, block_table, seq_lens, *numbers)
     return _OP(q, k, v, k_cache, v_cache, index, block_table, seq_lens, *numbers)
@@ -93,3 +104,10 @@ def _stored(q, k_cache, v_cache, index, block_table, seq_lens, num_pages, *numbe
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     pages = q.new_empty((q.shape[0], q.shape[1], k_cache.shape[1], num_pages), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype), pages
+
+
+@torch.library.register_fake("unique_attn::unique_decode.out")
+def _out(q, k, v, k_cache, v_cache, index, block_table, seq_lens, *more):  # type: ignore[no-untyped-def]
+    *numbers, slot_mapping, out = more
+    same_device("unique_decode", q=q, k=k, v=v, slot_mapping=slot_mapping, out=out)
+    return _stored(q, k_cache, v_cache, index, block_table, seq_lens, *numbers)[1:]

@@ -51,7 +51,7 @@ class UniqueBackend(AttentionBackend):
     What it does not declare here, vLLM refuses when an engine starts.
     """
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True  # a step that decodes stores its tokens in the kernel that indexes them
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
@@ -199,16 +199,6 @@ class UniqueAttention(AttentionImpl[Batch]):
                 "unique_attn: the attention backend needs vLLM's FlashAttention, which is missing"
             )
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Store the new keys and values ``[N, H, D]``, of which the first ``len(slot_mapping)`` have slots."""
-        if kv_cache.numel() == 0:
-            return
-        views = self._blocks(kv_cache)
-        count = slot_mapping.shape[0]
-        ops.append_kv(key[:count], value[:count], views.k, views.v, slot_mapping)
-
     def forward(
         self,
         layer: Any,
@@ -221,7 +211,8 @@ class UniqueAttention(AttentionImpl[Batch]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Index the pages of the new tokens and attend with ``query`` ``[N, Hq, D]`` into ``output``, of its shape."""
+        """Store ``key`` and ``value`` ``[N, H, D]``, index their pages, and attend with ``query`` ``[N, Hq, D]`` into
+        ``output``, of its shape. ``N`` may be more than the batch has."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("unique_attn: the attention backend does not quantize its output")
         if self._dense_layer is None:
@@ -233,27 +224,48 @@ class UniqueAttention(AttentionImpl[Batch]):
         cache = self._blocks(kv_cache)
         if self._dense_layer:
             rows = attn_metadata.everything
+            self._store(key, value, cache, rows.tokens, attn_metadata.slots)
             self._dense(query[rows.tokens], cache, rows, self.scale, output[rows.tokens])
             return output
         if attn_metadata.decode is not None:
-            self._decode(query, cache, attn_metadata.decode, output)
+            self._decode(query, key, value, cache, attn_metadata.decode, attn_metadata.slots, output)
         if attn_metadata.prompts is not None:
+            self._store(key, value, cache, attn_metadata.prompts.tokens, attn_metadata.slots)
             self._index(cache, attn_metadata.prompts)
             for rows in attn_metadata.segments:
                 self._prompts(query[rows.tokens], cache, rows, output[rows.tokens])
         return output
 
-    def _decode(self, query: Tensor, cache: BlockViews, rows: DecodeRows, output: Tensor) -> None:
-        count, q = rows.seq_lens.shape[0], query[: rows.num_tokens]
-        if rows.places is not None:
+    def _store(self, key: Tensor, value: Tensor, cache: BlockViews, tokens: slice, slots: Tensor) -> None:
+        ops.append_kv(key[tokens], value[tokens], cache.k, cache.v, slots[tokens])
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: BlockViews,
+        rows: DecodeRows,
+        slots: Tensor,
+        output: Tensor,
+    ) -> None:
+        tokens = slice(0, rows.num_tokens)
+        count, queries, out = rows.seq_lens.shape[0], query[tokens], output[tokens]
+        keys: Tensor | None = None
+        values: Tensor | None = None
+        if rows.places is None:
+            keys, values = (x[tokens].view(count, rows.per_row, *x.shape[1:]) for x in (key, value))
+        else:
             # Rows are padded at their left: such a query stands before the row's new tokens, and nobody looks at it.
+            self._store(key, value, cache, tokens, slots)
             padded = query.new_zeros((count * rows.per_row, *query.shape[1:]))
-            q = padded.index_copy_(0, rows.places, q)
+            queries = padded.index_copy_(0, rows.places, queries)
+            out = torch.empty_like(queries)
         config = self.config
-        out, _, _ = ops.unique_decode(
-            q.view(count, rows.per_row, self.num_heads, self.head_size),
-            None,
-            None,
+        ops.unique_decode(
+            queries.view(count, rows.per_row, self.num_heads, self.head_size),
+            keys,
+            values,
             cache.k,
             cache.v,
             cache.index,
@@ -268,9 +280,11 @@ class UniqueAttention(AttentionImpl[Batch]):
             scale=self.scale,
             budget_pages=rows.budget,
             index_format=config.index_format,
+            slot_mapping=None if keys is None else slots[tokens],
+            out=out.view(count, rows.per_row, self.num_heads, self.head_size),
         )
-        out = out.flatten(0, 1)
-        output[: rows.num_tokens] = out if rows.places is None else out[rows.places]
+        if rows.places is not None:
+            output[tokens] = out[rows.places]
 
     def _index(self, cache: BlockViews, rows: Rows) -> None:
         assert rows.start_lens is not None

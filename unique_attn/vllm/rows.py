@@ -49,6 +49,7 @@ class Batch:
     """What all layers are given for one step. vLLM's metadata."""
 
     everything: Rows  #: all rows, for layers that are dense
+    slots: Tensor  #: int64 ``[tokens]``, where keys and values go; negative for tokens that are not stored
     decode: DecodeRows | None = None
     prompts: Rows | None = None  #: all rows that do not decode, to index their pages
     segments: list[Rows] = field(default_factory=list)  #: the same in runs of rows that attend alike
@@ -92,7 +93,7 @@ class BatchCutter:
             host_lens,
         )
         num_decodes, num_tokens = versions.split_rows(common, self.threshold)
-        batch = Batch(everything)
+        batch = Batch(everything, common.slot_mapping)
         if any(query_lens[:num_decodes]):
             batch.decode = self._decode(everything, num_decodes, num_tokens)
         if num_decodes < len(query_lens):

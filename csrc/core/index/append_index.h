@@ -6,7 +6,7 @@
 
 namespace unique_attn {
 
-// Both sides speak of the same tokens: without slots and start_lens, of one table, cache and number of tokens.
+// Both sides speak of the same tokens: without start_lens, of one table, cache and number of tokens.
 struct AppendIndexParams {
   AppendKvParams append;
   PageIndexParams index;

@@ -19,10 +19,11 @@ struct AppendKvParams {
   PagedView v_cache;  // [num_blocks, H, block_size, D], written
   int block_size;
   int num_blocks;
-  // Where token n goes: slots[n] = block * block_size + offset. When null, token t of sequence b is the one at
-  // query_position(seq_len, T, t) and goes where `table` says. A token without a place is skipped.
+  // Where token n goes. Without a table: slots[n] = block * block_size + offset. With one, token t of sequence b is the
+  // one at query_position(seq_len, T, t) and goes where the table says, unless there are slots and its slot is negative.
+  // A token without a place is skipped.
   const int64_t* slots;  // [B * T] or null
-  PageTable table;       // read only when slots is null
+  PageTable table;
 };
 
 struct TokenPlace {
@@ -35,6 +36,9 @@ UA_HD TokenPlace mapped_place(const AppendKvParams& p, int64_t n) {
   if (slot < 0 || slot >= int64_t{p.num_blocks} * p.block_size) return {-1, 0};
   return {slot / p.block_size, slot % p.block_size};
 }
+
+// With a table: token n is not to be written.
+UA_HD bool is_left_out(const AppendKvParams& p, int64_t n) { return p.slots != nullptr && p.slots[n] < 0; }
 
 UA_HD TokenPlace table_place(const PageTable& table, int64_t b, int position) {
   if (position < 0) return {-1, 0};

@@ -26,9 +26,14 @@ void append_kv_cpu(const AppendKvParams& p, const CpuExecutor& exec) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / p.num_tokens;
       const int64_t t = n % p.num_tokens;
-      const int position =
-          p.slots == nullptr ? query_position(p.table.seq_lens[b], p.num_tokens, static_cast<int>(t)) : 0;
-      const TokenPlace place = p.slots != nullptr ? mapped_place(p, n) : table_place(p.table, b, position);
+      TokenPlace place;
+      if (p.table.blocks == nullptr) {
+        place = mapped_place(p, n);
+      } else if (is_left_out(p, n)) {
+        continue;
+      } else {
+        place = table_place(p.table, b, query_position(p.table.seq_lens[b], p.num_tokens, static_cast<int>(t)));
+      }
       if (place.block < 0) continue;
       copy_token(p.k, p.k_cache, b, t, place, p.num_kv_heads, size, row_bytes);
       copy_token(p.v, p.v_cache, b, t, place, p.num_kv_heads, size, row_bytes);

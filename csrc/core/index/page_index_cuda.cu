@@ -90,13 +90,15 @@ __device__ __forceinline__ void append_channel(const AppendKvParams& p, int b, i
   };
   for (int begin = first; begin < end; begin += kKeys) {
     T k[kKeys], v[kKeys];
+    bool written[kKeys];
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
+      written[j] = begin + j < end && !is_left_out(p, int64_t{b} * p.num_tokens + begin + j - position);
       if (begin + j < end) k[j] = source(p.k, begin + j), v[j] = source(p.v, begin + j);
     }
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
-      if (block >= 0 && begin + j < end) target(p.k_cache, begin + j) = k[j], target(p.v_cache, begin + j) = v[j];
+      if (block >= 0 && written[j]) target(p.k_cache, begin + j) = k[j], target(p.v_cache, begin + j) = v[j];
     }
   }
 }

@@ -1,6 +1,8 @@
 // What both kernels of page_scores share: which tokens and pages a thread block serves, and what it writes.
 #pragma once
 
+#include <algorithm>
+
 #include "core/cuda/launch.cuh"
 #include "core/cuda/order_key.cuh"
 #include "core/index/format.h"
@@ -9,12 +11,15 @@
 
 namespace unique_attn {
 
-// How the work is cut: thread blocks are [sequence and tile of tokens, chunk of pages, KV head].
+// How the work is cut: thread blocks are [sequence and tile of tokens, chunk of pages, KV head]. There are as many
+// chunks as a row has that fills the table; a shorter row, whose length the device alone knows, is cut anew, so that a
+// table as wide as any length to come costs little.
 struct ScoreGrid {
   int tokens_per_tile;
   int num_token_tiles;
-  int pages_per_block;
+  int max_steps;  // that a thread block takes
   int num_chunks;
+  int resident_chunks;  // of those of a row that the device holds at once, if rows are alike
 };
 
 // `tokens_per_tile` tokens per tile and whole steps of `step` pages; the device holds `slots` thread blocks.
@@ -22,8 +27,11 @@ inline ScoreGrid plan_score_grid(const PageScoresParams& p, int tokens_per_tile,
   ScoreGrid grid;
   grid.tokens_per_tile = tokens_per_tile;
   grid.num_token_tiles = (p.num_query_tokens + tokens_per_tile - 1) / tokens_per_tile;
-  grid.pages_per_block = plan_score_chunk(p.batch * grid.num_token_tiles * p.num_kv_heads, p.row_pages, step, slots);
-  grid.num_chunks = (p.row_pages + grid.pages_per_block - 1) / grid.pages_per_block;
+  const int rows = p.batch * grid.num_token_tiles * p.num_kv_heads;
+  const int steps = (p.row_pages + step - 1) / step;
+  grid.max_steps = plan_score_steps(rows, steps, slots);
+  grid.num_chunks = (steps + grid.max_steps - 1) / grid.max_steps;
+  grid.resident_chunks = std::clamp(slots / rows, 1, grid.num_chunks);
   return grid;
 }
 
@@ -40,16 +48,21 @@ struct ScoreTile {
   PageRange seen;  // pages that any token of the tile sees
 };
 
+// In steps of `kStep` pages.
+template <int kStep>
 __device__ __forceinline__ ScoreTile score_tile(const PageScoresParams& p, const ScoreGrid& grid) {
   ScoreTile tile;
   tile.head = blockIdx.z;
   tile.b = blockIdx.x / grid.num_token_tiles;
   tile.token_begin = blockIdx.x % grid.num_token_tiles * grid.tokens_per_tile;
   tile.num_tokens = min(grid.tokens_per_tile, p.num_query_tokens - tile.token_begin);
-  tile.page_begin = static_cast<int>(blockIdx.y) * grid.pages_per_block;
-  tile.page_end = min(tile.page_begin + grid.pages_per_block, p.row_pages);
   tile.seq_len = p.table.seq_lens[tile.b];
   tile.seen = scored_pages(p, tile.b, tile.token_begin, tile.token_begin + tile.num_tokens);
+  const int first = p.fill_outside ? 0 : tile.seen.first / kStep;
+  const int end = ((p.fill_outside ? p.row_pages : tile.seen.end) + kStep - 1) / kStep;
+  const int steps = min((end - first + grid.resident_chunks - 1) / grid.resident_chunks, grid.max_steps);
+  tile.page_begin = (first + static_cast<int>(blockIdx.y) * steps) * kStep;
+  tile.page_end = min(tile.page_begin + steps * kStep, p.row_pages);
   return tile;
 }
 

@@ -83,7 +83,7 @@ template <typename T, typename RuleT, bool kCompressed, int CPL>
 __global__ void __launch_bounds__(kThreads) page_scores_kernel(const PageScoresParams p, const ScoreGrid grid) {
   extern __shared__ __align__(16) float shared[];
   using Score = ScoreOf<T>;
-  const ScoreTile tile = score_tile(p, grid);
+  const ScoreTile tile = score_tile<kPagesPerStep>(p, grid);
   const int num_tokens = tile.num_tokens;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int num_chunks = p.head_dim / 8;

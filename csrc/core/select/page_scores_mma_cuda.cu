@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 1 ? 1 : Row::kResident)
   using C = Cut<Row, kSteps, kTiles>;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Queries<kForm, kSteps, kTiles>*>(shared_bytes);
-  const ScoreTile tile = score_tile(p, grid);
+  const ScoreTile tile = score_tile<C::kStep>(p, grid);
   const bool nothing = max(tile.seen.first, tile.page_begin) >= min(tile.seen.end, tile.page_end);
   if (nothing && !p.fill_outside) return;
   const int group = p.num_q_heads / p.num_kv_heads;

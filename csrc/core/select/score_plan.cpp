@@ -5,12 +5,12 @@
 
 namespace unique_attn {
 
-int plan_score_chunk(int rows, int row_pages, int step, int slots) {
+int plan_score_steps(int rows, int steps, int slots) {
   constexpr int kMaxSteps = 8;  // rows of different lengths must still spread over the device
-  const int64_t steps = (row_pages + step - 1) / step;
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t n = 1; n <= std::min<int64_t>(steps, kMaxSteps); ++n) {
-    const int64_t blocks = rows * ((steps + n - 1) / n);
+  int best = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int n = 1; n <= std::min(steps, kMaxSteps); ++n) {
+    const int64_t blocks = int64_t{rows} * ((steps + n - 1) / n);
     const int64_t waves = (blocks + slots - 1) / slots;
     const int64_t cost = waves * (n + 1);  // a thread block's start takes about a step
     if (cost <= best_cost) {
@@ -18,7 +18,7 @@ int plan_score_chunk(int rows, int row_pages, int step, int slots) {
       best = n;
     }
   }
-  return step * static_cast<int>(best);
+  return best;
 }
 
 }  // namespace unique_attn

@@ -3,8 +3,8 @@
 
 namespace unique_attn {
 
-// Pages per thread block, a multiple of `step`, for `rows` rows of scores on a device that holds `slots`
-// thread blocks at a time: the last ones to run shall leave few slots empty.
-int plan_score_chunk(int rows, int row_pages, int step, int slots);
+// Steps that a thread block takes of `steps` in each of `rows` rows of scores, on a device that holds `slots` thread
+// blocks at a time: the last ones to run shall leave few slots empty.
+int plan_score_steps(int rows, int steps, int slots);
 
 }  // namespace unique_attn
