@@ -22,6 +22,8 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import unique_attn as ua
+from unique_attn import memory
+from unique_attn.block_storage import BlockStorage
 from unique_attn.hf import step_graph
 from unique_attn.hf.arena import MAX_GRAPHS, MAX_IDLE
 
@@ -193,6 +195,30 @@ def test_graphs_go_with_the_model(device: str, keeps_cache: bool, steps: list[in
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("end", ["disabled", "enabled again"])
+def test_pages_go_with_the_settings(device: str, end: str, steps: list[int]) -> None:
+    """Enabled, used and enabled again or disabled, many times: nothing waits for the garbage collector."""
+    model = on(device)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(3):
+            generated(model, inputs_on(device))
+            assert steps[1] > 30 * (turn + 1)
+            arenas = vars(model)["_unique_attn_steps"]._arenas
+            places = [weakref.ref(arenas), *(weakref.ref(arena) for arena in arenas._idle)]
+            assert len(places) > 1
+            del arenas
+            if end == "disabled":
+                ua.disable(model)
+                assert not any(place() for place in places)
+            ua.enable(model, SMALL)
+            assert not any(place() for place in places)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_graphs_and_memory_are_bounded(device: str) -> None:
     model = on(device)
     for batch in range(1, MAX_GRAPHS + 4):
@@ -201,6 +227,32 @@ def test_graphs_and_memory_are_bounded(device: str) -> None:
     gc.collect()
     assert 1 <= len(arenas._idle) <= MAX_IDLE
     assert all(len(arena.graphs) <= MAX_GRAPHS for arena in arenas._idle)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")
+def test_many_caches_have_room_for_their_pages() -> None:
+    """More of them than the addresses of a process would serve if every one took what it may ever need."""
+    like = torch.empty(1, 2, 0, 64, device="cuda", dtype=torch.bfloat16)
+    kept = [BlockStorage.create(4, like, 64, ua.UniqueConfig()) for _ in range(5000)]
+    before = kept[0].capacity
+    assert before > 50 * kept[-1].capacity
+    assert kept[-1].capacity >= 1000
+    kept.clear()
+    assert BlockStorage.create(4, like, 64, ua.UniqueConfig()).capacity == before
+
+
+def test_room_shrinks_with_what_is_left() -> None:
+    total, reserved = 80 * 2**30, 0
+    first = memory.room(total, 0)
+    assert first == 10 * 2**30
+    sizes = []
+    for _ in range(100_000):  # tensors
+        sizes.append(memory.room(total, reserved))
+        reserved += sizes[-1]
+    assert sizes == sorted(sizes, reverse=True)
+    assert reserved < memory.SPACE
+    assert sizes[96 * 40] > 2**30  # 40 caches of 32 layers
+    assert memory.room(total, memory.SPACE + 1) == 0
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device on this machine")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SPACE = 2**46  # bytes of addresses that all tensors share: half of what a process has
 _unfinished: list[_Addresses] = []  # to be given back as soon as that is possible
+_reserved = 0  # bytes of addresses
+_counting = threading.Lock()
+
+
+def _count(num_bytes: int) -> None:
+    global _reserved
+    with _counting:
+        _reserved += num_bytes
 
 
 class _Addresses:
@@ -25,7 +36,16 @@ class _Addresses:
         with torch.cuda.device(self.device):
             torch.cuda.current_stream()  # there is a context now
             found = torch.ops.unique_attn._reserve_addresses(index, num_bytes)
+            if found[0] == 0:  # caches that nobody uses any more may wait for the garbage collector
+                gc.collect()
+                found = torch.ops.unique_attn._reserve_addresses(index, num_bytes)
+            if found[0] == 0:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory: no {num_bytes / 2**30:.1f} GiB of addresses left on {self.device}, where the "
+                    "pages of a cache could grow"
+                )
         self.address, self.num_bytes, self.granularity = found
+        _count(self.num_bytes)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -39,6 +59,7 @@ class _Addresses:
         place = (self.device.index, self.address + self.backed, missing)
         with torch.cuda.device(self.device):
             if not torch.ops.unique_attn._back_addresses(*place):
+                gc.collect()  # caches that nobody uses any more
                 torch.cuda.empty_cache()  # memory that torch keeps for tensors to come
                 if not torch.ops.unique_attn._back_addresses(*place):
                     raise torch.OutOfMemoryError(
@@ -56,6 +77,7 @@ class _Addresses:
     def close(self) -> None:
         self.unback()
         torch.ops.unique_attn._free_addresses(self.address, self.num_bytes)
+        _count(-self.num_bytes)
 
     def __del__(self) -> None:
         if not hasattr(self, "address") or sys.is_finalizing():
@@ -134,8 +156,16 @@ class GrowingTensor:
 def capacity_for(rows: int, row_bytes: int, device: torch.device) -> int:
     """Rows for which a :class:`GrowingTensor` that begins with ``rows`` should have room.
 
-    On CUDA, what fills an eighth of the device: a layer's keys are less than that, and addresses cost nothing.
+    On CUDA, what fills an eighth of the device: a layer's keys are less than that, and addresses cost little. They are
+    not without end: with dozens of large caches at once, a tensor gets a part of what is left. One that outgrows its
+    capacity is copied.
     """
     if device.type != "cuda":
         return 2 * rows
-    return max(2 * rows, torch.cuda.get_device_properties(device).total_memory // 8 // row_bytes)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(2 * rows, room(total, _reserved) // row_bytes)
+
+
+def room(total_memory: int, reserved: int) -> int:
+    """Bytes of addresses for one more tensor on a device of so much memory, where so many are reserved."""
+    return min(total_memory // 8, max(0, SPACE - reserved) // 2048)

@@ -21,8 +21,9 @@ void check(const char* op, cudaError_t error) {
 }
 
 std::tuple<int64_t, int64_t, int64_t> reserve_addresses_op(int64_t device, int64_t num_bytes) {
-  int64_t address = 0, granularity = 1;
-  check("reserve_addresses", reserve_addresses(static_cast<int>(device), num_bytes, address, granularity));
+  int64_t address = 0, granularity = 1;  // address 0: there are not so many left
+  const cudaError_t error = reserve_addresses(static_cast<int>(device), num_bytes, address, granularity);
+  if (error != cudaErrorMemoryAllocation) check("reserve_addresses", error);
   return {address, num_bytes, granularity};
 }
 

@@ -61,6 +61,12 @@ class StepCall(NamedTuple):
         return next(iter(self.tensors.values())).device
 
 
+def _let_go(arenas: weakref.ref[Arenas]) -> None:
+    found = arenas()
+    if found is not None:
+        found.clear()
+
+
 class CapturedSteps:
     """The captured steps of one model, which keeps this; see the module.
 
@@ -119,13 +125,17 @@ class CapturedSteps:
         if state is not None and before is not None and state.trusts(before):
             state.trust(after.get("attention_mask"))
 
+    def close(self) -> None:
+        """The model does without: let go of its graphs and of the places that no cache uses, at once."""
+        self._arenas.clear()
+
     # ---- What a call asks for. ----
 
     def _is_mine(self, model: nn.Module) -> bool:
         if self._model is None:
             self._model = weakref.ref(model)
             # Graphs know what the model is made of, so without this it would be freed by the garbage collector only.
-            weakref.finalize(model, self._arenas.clear).atexit = False
+            weakref.finalize(model, _let_go, weakref.ref(self._arenas)).atexit = False
         return self._model() is model  # replicas of nn.DataParallel share what the model keeps
 
     # ---- A step. ----

@@ -35,7 +35,9 @@ def watch_steps(model: nn.Module) -> None:
 
 def unwatch_steps(model: nn.Module) -> None:
     """Undo :func:`watch_steps`."""
-    vars(model).pop(_STEPS, None)
+    steps = vars(model).pop(_STEPS, None)
+    if steps is not None:
+        steps.close()
     if type(model) in _classes.values():
         model.__class__ = type(model).__mro__[2]
 
