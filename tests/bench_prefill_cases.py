@@ -1,7 +1,8 @@
-"""What the tests of the prefill benchmarks share: a tiny model, and a command whose JSON is read back."""
+"""What the tests of the prefill benchmarks share: a tiny prompt and model, and commands whose JSON is read back."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.cli import main
+from benchmarks.measure.block_lists import Blocks
+from benchmarks.measure.prompts import Prompt
 
 CPU = torch.device("cpu")
 LAYER = ["--heads", "4/2", "--head-dim", "32", "--dtype", "fp32"]
@@ -23,3 +26,16 @@ def written(tmp_path: Path, *argv: str) -> dict[str, Any]:
     result = json.loads(path.read_text())
     assert {"date", "commit", "device", "torch", "cpu"} <= set(result["environment"])
     return result
+
+
+def prompt(tokens: int = 512, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Prompt:
+    return Prompt(Blocks(tokens), (4, 2), 32, dtype, device)
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"method": ["directional"], "pool_q": 8, "pool_k": 8, **changed})
+
+
+def run_prefill(tmp_path: Path, *argv: str) -> dict[str, Any]:
+    flags = ["--tokens", "512", "1024", "--density", "60", "40", *LAYER, "--repeats", "2", "--device", "cpu", *argv]
+    return written(tmp_path, "prefill", *flags)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from bench_prefill_cases import CPU, LAYER, MODEL, TINY, written
+from bench_prefill_cases import CPU, LAYER, MODEL, TINY, options, prompt, run_prefill, written
 from pictures import numbers
 
 from benchmarks import cli
 from benchmarks.cli import main
 from benchmarks.measure import block_lists, ceiling, harness, prefill_peers, prefill_sides
 from benchmarks.measure.block_lists import Blocks
-from benchmarks.measure.prompts import Expected, Prompt
+from benchmarks.measure.prompts import Expected
 from benchmarks.report import prefill as prefill_report
 from benchmarks.suite import prefill, ttft
 from unique_attn import ops
@@ -67,10 +67,6 @@ def test_a_setting_is_found():
     assert x == pytest.approx(math.sqrt(0.3), rel=1e-3)
     assert found == x * x
     assert block_lists.find_setting(0.3, lambda x: 0.5 if x > 0.9 else 0.1)[1] in (0.1, 0.5)  # what is closest
-
-
-def prompt(tokens: int = 512, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Prompt:
-    return Prompt(Blocks(tokens), (4, 2), 32, dtype, device)
 
 
 def test_inputs_are_uneven():
@@ -157,15 +153,6 @@ def test_ways_to_call_flex(monkeypatch: pytest.MonkeyPatch):
 
 
 # ---- prefill. ----
-
-
-def options(**changed: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"method": ["directional"], "pool_q": 8, "pool_k": 8, **changed})
-
-
-def run_prefill(tmp_path: Path, *argv: str) -> dict[str, Any]:
-    flags = ["--tokens", "512", "1024", "--density", "60", "40", *LAYER, "--repeats", "2", "--device", "cpu", *argv]
-    return written(tmp_path, "prefill", *flags)
 
 
 def test_prefill(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,7 +1,6 @@
 """What others offer for prefill: dense attention of PyTorch by backend, and FlexAttention over the same blocks.
 
-FlashInfer's VariableBlockSparseAttention is not among them: it takes one list for each KV head and must be compiled for
-every shape of heads, which the benchmark's machines cannot do.
+FlashInfer has a file of its own, :mod:`prefill_flashinfer`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,6 @@ from benchmarks.measure.block_lists import Blocks
 from benchmarks.measure.harness import reason, time_cpu, time_cuda
 
 BACKENDS = {"flash_attention": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-FLASHINFER = (
-    "not measured: VariableBlockSparseAttention takes lists per KV head and is compiled for each configuration, and no "
-    "compiled one was at hand"
-)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, scale: float | None = None) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import block_lists, prefill_peers
-from benchmarks.measure.harness import Side
+from benchmarks.measure import block_lists, prefill_flashinfer, prefill_peers
+from benchmarks.measure.harness import Side, reason
 from benchmarks.measure.prompts import Expected, Prompt
 from unique_attn import ops
 
@@ -37,7 +37,9 @@ class Sparse:
     def __init__(self, options: argparse.Namespace, prompt: Prompt, density: float, flex: prefill_peers.Flex | None):
         self.o, self.prompt, self.wanted = options, prompt, density / 100
         self.kept = block_lists.random_lists(prompt.blocks, prompt.q_heads, self.wanted, prompt.generator)
-        self.mask = torch.cat([ops.pack_block_mask(part) for part in self.kept.split(block_lists.CHUNK)])
+        self.mask = _packed(self.kept)
+        self.shared_mask: Tensor | None = None  # of lists per KV head
+        self.plan_ms: dict[str, float] = {}
         self.flex = flex
         self.blocks: dict[str, Any] = {"block_q": prompt.blocks.block_q, "block_k": prompt.blocks.block_k}
 
@@ -66,12 +68,34 @@ class Sparse:
         flex_mask = flex.mask(blocks, self.kept)
         listed = self.mask
         if flex.merged:
-            listed = torch.cat([ops.pack_block_mask(x) for x in flex.lists(blocks, self.kept).split(block_lists.CHUNK)])
+            listed = _packed(flex.lists(blocks, self.kept))
         expected = _Cached(lambda i: Expected(self.prompt, i, listed))
         return self._side(
             lambda i: flex.attend(rows[i], flex_mask),
             lambda i, found: expected(i).check(found[0].transpose(0, 1)),
         )
+
+    def shared_sides(self) -> tuple[dict[str, Side], dict[str, str]]:
+        """Ours and FlashInfer's over other lists, one for each KV head, and why some of its backends are missing; none
+        where it is not measured."""
+        prompt = self.prompt
+        if prefill_flashinfer.unusable(prompt.device, prompt.dtype):
+            return {}, {}
+        kept = block_lists.random_lists(prompt.blocks, prompt.kv_heads, self.wanted, prompt.generator)
+        self.shared_mask = mask = _packed(kept)
+        expected = _Cached(lambda i: Expected(prompt, i, mask))
+        sides = {"shared_lists": self._side(lambda i: self.attend(i, mask), lambda i, x: expected(i).check(*x))}
+        failed: dict[str, str] = {}
+        for backend in prefill_flashinfer.backends(prompt.device):
+            name = f"flashinfer_{backend}"
+            try:
+                peer = prefill_flashinfer.BlockSparse(prompt, kept, backend)
+            except Exception as error:  # whatever it raises, kernels that are not there included
+                failed[name] = reason(error)
+                continue
+            self.plan_ms[name] = peer.plan_ms
+            sides[name] = self._side(peer, lambda i, x: expected(i).check(x.transpose(0, 1)))
+        return sides, failed
 
     # ---- The whole call. ----
 
@@ -127,6 +151,11 @@ class Sparse:
 
     def _side(self, run: Callable[[int], Any], check: Callable[[int, Any], object]) -> Side:
         return Side([partial(run, i) for i in range(len(self.prompt.sets))], self.prompt.bytes, check)
+
+
+def _packed(kept: Tensor) -> Tensor:
+    """The packed mask of lists bool ``[slots, heads, key_blocks]``."""
+    return torch.cat([ops.pack_block_mask(part) for part in kept.split(block_lists.CHUNK)])
 
 
 def dense_sides(prompt: Prompt, *, ours: bool) -> dict[str, Side]:

@@ -18,6 +18,7 @@ Result = Mapping[str, Any]
 FIGURE = "prefill_speed.png"
 SIDES = {"sdpa_flash_attention": "FlashAttention-2", "sdpa_cudnn": "cuDNN", "dense": "our dense kernel"}
 PEERS = ("sdpa_flash_attention", "sdpa_cudnn")
+FLASHINFER = "flashinfer_"  # and the backend
 SETTINGS = {"threshold": "threshold", "top_p": "top-p"}
 
 
@@ -45,11 +46,25 @@ def _cell(case: Mapping[str, Any], name: str) -> str:
     return ms(side["median_ms"]) if "median_ms" in side else "-"
 
 
+def _flashinfer_cell(case: Mapping[str, Any]) -> str:
+    """The fastest backend's time, and its name."""
+    timed = {
+        name: side["median_ms"]
+        for name, side in case["sides"].items()
+        if name.startswith(FLASHINFER) and "median_ms" in side
+    }
+    if not timed:
+        return "-"
+    best = min(timed, key=lambda name: timed[name])
+    return f"{ms(timed[best])} ({best.removeprefix(FLASHINFER)})"
+
+
 def speed_table(result: Result, cases: Sequence[Mapping[str, Any]]) -> str:
     """A row for each length and density, and each method of selection."""
     dense = [name for name in SIDES if any("median_ms" in case["sides"].get(name, {}) for case in cases)]
     peers = [name for name in PEERS if name in dense]
     flex = any("median_ms" in case["sides"].get("flex", {}) for case in cases)
+    flashinfer = any(_flashinfer_cell(case) != "-" for case in cases)
     methods = list(dict.fromkeys(method for case in cases for method in case["calls"]))
     rows = []
     for case in cases:
@@ -61,6 +76,9 @@ def speed_table(result: Result, cases: Sequence[Mapping[str, Any]]) -> str:
             row["given lists"] = _cell(case, "lists") + (f", {per_block:.0f}% a block" if per_block else "")
             if flex:
                 row["FlexAttention, same lists"] = _cell(case, "flex")
+            if flashinfer:
+                row["a list per KV head"] = _cell(case, "shared_lists")
+                row["FlashInfer, the same"] = _flashinfer_cell(case)
             if len(methods) > 1:
                 row["method"] = f"`{method}`"
             row["whole call"] = _cell(case, f"{method}_call")
@@ -94,6 +112,13 @@ def _layers(results: Sequence[Result]) -> list[str]:
         )
         if any(case["lists"]["percent_of_dense_per_block"] for case in cases):
             text += "; beside their time is the speed per listed block as a share of our dense kernel's"
+        if any(_flashinfer_cell(case) != "-" for case in cases):
+            version = str(result["peers"]["flashinfer"]).partition(":")[0]
+            text += (
+                f". FlashInfer {version} (`VariableBlockSparseAttentionWrapper`, the faster of its backends) takes a "
+                "list for each KV head, and ours is timed over such lists beside it; its planning is not timed, the "
+                "copies of queries and outputs that its calls make are"
+            )
         text += (
             f". The whole call is `unique_prefill` with {methods}, {_settings_of(cases)} chosen for the density on "
             "these inputs; selection by itself is given as a share of the attention over what it selected. "

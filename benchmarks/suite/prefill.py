@@ -1,7 +1,8 @@
 """Sparse prefill of one long prompt: attention over given lists, and the whole call, against dense attention.
 
 Two things are timed at every length and density, beside dense attention (ours, and PyTorch's backends) in the same
-rounds. ``lists``: ``block_sparse_attention`` over random lists of that density, and FlexAttention over the same.
+rounds. ``lists``: ``block_sparse_attention`` over random lists of that density, and FlexAttention over the same; where
+FlashInfer can be imported, also over lists that the query heads of a group share, beside FlashInfer over the same.
 ``call``: ``unique_prefill``, selection included, with the setting (threshold or top-p) that gives the density on these
 queries and keys; its parts, selection and attention, also by themselves.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.measure import block_lists, prefill_peers
+from benchmarks.measure import block_lists, prefill_flashinfer, prefill_peers
 from benchmarks.measure.block_lists import Blocks
 from benchmarks.measure.harness import Compared, Side, compare, ratio, reason
 from benchmarks.measure.machine import free_bytes, gib
@@ -85,6 +86,8 @@ def measure_density(sparse: Sparse, dense: Mapping[str, Side], rounds: int, seco
     flex = sparse.flex_side()
     if flex is not None:
         sides["flex"] = flex
+    shared, unplanned = sparse.shared_sides()
+    sides |= shared
     settings: dict[str, tuple[dict[str, float], float]] = {}
     failed: dict[str, str] = {}
     for method in sparse.o.method:
@@ -97,6 +100,7 @@ def measure_density(sparse: Sparse, dense: Mapping[str, Side], rounds: int, seco
     rows = {name: _row(found, name) for name in sides}
     if sparse.flex is not None and flex is None:
         rows["flex"] = {"failed": sparse.flex.broken}
+    rows |= {name: {"failed": why} for name, why in unplanned.items()}
     work = 2.0 * blocks.tokens**2 * sparse.prompt.head_dim * sparse.prompt.q_heads
     for name in dense:
         if "median_ms" in rows[name]:
@@ -123,7 +127,20 @@ def measure_density(sparse: Sparse, dense: Mapping[str, Side], rounds: int, seco
             "percent_of_dense_per_block": _percent(rows.get("dense", {}), rows["lists"], listed),
             "speedups": {peer: ratio(rows[peer], rows["lists"]) for peer in [*dense, "flex"] if peer in rows},
         },
+        "shared_lists": _shared(sparse, rows),
         "calls": calls,
+    }
+
+
+def _shared(sparse: Sparse, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How ours over lists per KV head compares with FlashInfer; empty where that is not measured."""
+    if sparse.shared_mask is None:
+        return {}
+    peers = [name for name in rows if name.startswith("flashinfer_")]
+    return {
+        "density": round(block_lists.density(sparse.prompt.blocks, sparse.shared_mask), 5),
+        "speedups": {peer: ratio(rows[peer], rows["shared_lists"]) for peer in peers},
+        "plan_ms": sparse.plan_ms,
     }
 
 
@@ -155,6 +172,9 @@ def measure_length(options: argparse.Namespace, tokens: int, flex: prefill_peers
     """A case for each density."""
     device = torch.device(options.device)
     size, free = needed(options, tokens), free_bytes(device)
+    if not prefill_flashinfer.unusable(device, DTYPES[options.dtype]):
+        most = max(options.density) / 100
+        size += prefill_flashinfer.needed(Blocks(tokens), heads(options.heads), options.head_dim, most, device)
     shapes = [{"tokens": tokens, "density": density} for density in options.density]
     if size > free:
         return [{**shape, "skipped": f"needs {gib(size)}, {gib(free)} are free"} for shape in shapes]
@@ -207,7 +227,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(device),
         "peers": {
             "torch": torch.__version__,
-            "flashinfer": prefill_peers.FLASHINFER,
+            "flashinfer": prefill_flashinfer.described(device, DTYPES[options.dtype]),
             "flex": flex.described() if flex else "not measured",
         },
         "targets": TARGETS[device.type],
@@ -262,7 +282,8 @@ def _rows(case: Mapping[str, Any], targets: Mapping[str, Any]) -> list[dict[str,
         row["p10 .. p90"] = f"{side['p10_ms']:.3f} .. {side['p90_ms']:.3f}"
         method, _, part = name.rpartition("_")
         call = case["calls"].get(method, {})
-        ours: Mapping[str, Any] = case["lists"] if name == "lists" else call if part == "call" else {}
+        given = case.get(name, {}) if name in ("lists", "shared_lists") else {}
+        ours: Mapping[str, Any] = call if part == "call" else given
         if ours:
             row["listed"] = f"{100 * ours['density']:.1f} %"
             row |= _speedups(ours["speedups"], targets["speedups"].get(f"{case['density']:g}", {}) if call else {})
