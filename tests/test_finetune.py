@@ -249,9 +249,12 @@ def test_bad_input(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, mo
 
 def test_numbers_come_from_the_committed_result():
     """That the page shows what the report makes of it, the picture included, is compared in test_docs.py."""
-    (result,) = report.repeated(load(ROOT / "benchmarks" / "results"))
-    assert finetuning.summarize(result) == result["summary"]
+    results = report.repeated(load(ROOT / "benchmarks" / "results"))
     (page,) = re.findall(r"^<!-- finetune results -->$.*?^<!-- /finetune results -->$", PAGE, re.MULTILINE | re.DOTALL)
-    assert finetuning.table(result) in page
-    assert f"--seeds {' '.join(map(str, result['options']['seeds']))}`" in page
+    for result in results:
+        assert finetuning.summarize(result) == result["summary"]
+        assert finetuning.table(result) in page
+    assert "`python examples/finetune.py --seeds 0 1 2` on" in page
+    assert "--length 8192 --seeds 0 1 2 --budget 256 --schedule exponential --tau-end 2 --tau 16`" in page
+    result = results[0]
     assert report.block([]) == report.block([result | {"options": result["options"] | {"seeds": [0]}}]) == ""

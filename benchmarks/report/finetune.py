@@ -27,13 +27,12 @@ def block(results: Sequence[dict[str, Any]]) -> str:
 
         o, settings = result["options"], result["settings"]
         weights = "all weights" if o["method"] == "full" else "a LoRA"
-        seeds = " ".join(map(str, o["seeds"]))
         seconds = [
             round(statistics.fmean(run["seconds"] for run in result["runs"] if (run["train"] is None) == dense))
             for dense in (True, False)
         ]
         parts.append(
-            f"`python examples/finetune.py --seeds {seeds}` on {machine(result['environment'])}"
+            f"`python examples/finetune.py {_flags(result)}` on {machine(result['environment'])}"
             f": {result['model']}, {weights}, {o['steps']} steps of {o['batch']} sequences of {o['length']:,} tokens; "
             f"training takes {seconds[0]} s densely and {seconds[1]} s with the mask. Measured densely and with "
             f"{settings['budget']} tokens in pages of {settings['page_size']}, `{settings['rule']}`; mean ± standard "
@@ -42,6 +41,27 @@ def block(results: Sequence[dict[str, Any]]) -> str:
         )
         parts.append(plots.image("Perplexity and right answers before and after fine-tuning", figure_file(number)))
     return "\n".join(parts)
+
+
+def _flags(result: dict[str, Any]) -> str:
+    """The flags of a run that are not as by default."""
+    from examples import finetune
+
+    usual = vars(finetune.parser().parse_args([]))
+    trained = [run["train"] for run in result["runs"] if run["train"] is not None]
+    found = {**result["options"], **{name: result["settings"][name] for name in ("budget", "page_size", "rule")}}
+    found |= {name: trained[0][name] for name in ("mode", "schedule", "tau_end", "hard_after")} if trained else {}
+    found["tau"] = list(dict.fromkeys(each["tau"] for each in trained))
+    parts = []
+    for name, value in found.items():
+        if name in ("lr", "retrieval_share", "dtype") or value is None or value == usual[name]:
+            continue  # those depend on others by default
+        values = [
+            f"{each:g}" if isinstance(each, float) else str(each)
+            for each in (value if isinstance(value, list) else [value])
+        ]
+        parts.append(f"--{name.replace('_', '-')} {' '.join(values)}")
+    return " ".join(parts)
 
 
 def figure_file(number: int) -> str:

@@ -10,11 +10,17 @@ import pandas as pd
 
 from benchmarks.report import plots
 from benchmarks.report.tables import Case, Result, machine, ms, tokens
-from benchmarks.suite.generate import STOCK, UNIQUE
+from benchmarks.suite.generate import COMPILED, STATIC, STOCK, UNIQUE
 from examples.support.results import markdown
 
 FIGURE = "generate_speed.png"
 SIDES = {STOCK: "stock attention", f"{UNIQUE}_exact": "exact index", f"{UNIQUE}_compressed": "compressed index"}
+STATIC_SIDES = {  # of shapes in which static caches were timed as well
+    STOCK: "stock attention",
+    STATIC: "stock, static cache, compiled",
+    f"{UNIQUE}_compressed": "ours",
+    f"{COMPILED}_compressed": "ours, static cache, compiled",
+}
 
 
 def of_gpus(results: Sequence[Result]) -> list[tuple[Result, list[Case]]]:
@@ -31,10 +37,18 @@ def _times(case: Case) -> dict[str, float]:
     return {name: side["median_ms"] for name, side in case.get("sides", {}).items() if "median_ms" in side}
 
 
+def _has_static(case: Case) -> bool:
+    return set(STATIC_SIDES) <= set(_times(case))
+
+
 def block(results: Sequence[Result]) -> str:
     """The block ``generate results``."""
-    parts = []
-    for result, cases in of_gpus(results):
+    parts, with_static = [], []
+    for result, every in of_gpus(results):
+        cases = [case for case in every if not _has_static(case)]
+        with_static += [_static_table(result, [case for case in every if _has_static(case)])]
+        if not cases:
+            continue
         o = cases[0]["options"]
         rows = [
             {
@@ -55,7 +69,32 @@ def block(results: Sequence[Result]) -> str:
             "the captured step*: a token's time by that of the step alone, without transformers' loop. *First token*: "
             "its time by stock's.\n\n" + markdown(pd.DataFrame(rows))
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *filter(None, with_static)])
+
+
+def _static_table(result: Result, cases: Sequence[Case]) -> str:
+    """Of stock's fastest way, a static cache that transformers compiles (reduce-overhead), and ours beside it."""
+    if not cases:
+        return ""
+    o = cases[0]["options"]
+    rows = [
+        {
+            "batch": tokens(case["options"]["batch"]),
+            "context": tokens(case["options"]["context"]),
+            **{name: _against_static(case, side) for side, name in STATIC_SIDES.items()},
+        }
+        for case in cases
+    ]
+    return (
+        f'The same model of {o["layers"]} layers on {machine(result)}, with `cache_implementation="static"`, whose '
+        "steps transformers compiles and captures, beside the usual caches; ours with the compressed index. How many "
+        "times faster than stock's static cache:\n\n" + markdown(pd.DataFrame(rows))
+    )
+
+
+def _against_static(case: Case, name: str) -> str:
+    factor = case["speedups"].get(name, {}).get(STATIC)
+    return ms(_times(case)[name]) + (f", **{factor:.1f}x**" if factor else "")
 
 
 def _cell(case: Case, name: str) -> str:
@@ -79,11 +118,16 @@ def _range(values: Any) -> str:
     return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else ""
 
 
-def headline(results: Sequence[Result], shapes: Sequence[Mapping[str, Any]]) -> list[tuple[Case, float, float]]:
-    """Cases of these shapes, with the milliseconds of stock attention and ours."""
+def headline(results: Sequence[Result], shapes: Sequence[Mapping[str, Any]]) -> list[tuple[Case, str, float, float]]:
+    """Cases of these shapes, with the name and the milliseconds of stock attention, and ours. Where stock was timed
+    with a static cache too, with that one."""
     cases = [case for _, each in of_gpus(results) for case in each]
     wanted = [case for shape in shapes for case in cases if shape.items() <= case["options"].items()]
-    return [(case, _times(case)[STOCK], _times(case)[f"{UNIQUE}_compressed"]) for case in wanted]
+    found = []
+    for case in wanted:
+        stock = STATIC if _has_static(case) else STOCK
+        found.append((case, stock, _times(case)[stock], _times(case)[f"{UNIQUE}_compressed"]))
+    return found
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
