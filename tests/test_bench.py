@@ -55,6 +55,11 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture, device, rule: str
     assert result["speedups"]["sdpa"] == pytest.approx(best / result["unique_decode"]["median_ms"], rel=0.02, abs=0.01)
     assert result["speedup"] == result["speedups"][result["peer"]] <= result["speedups"]["sdpa"]
     assert set(result["parts"]) == {"page_index", "page_scores", "topk_pages", "sparse_decode"}
+    assert main([*argv[:-1], str(path), "--table", "4096"]) == 0  # room for more changes no result
+    wide = json.loads(path.read_text())
+    assert wide["options"]["table"] == 4096
+    assert wide["bytes"] == result["bytes"]
+    assert wide["max_error_against_fp32"] < 1e-5
     environment = result["environment"]
     assert environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()

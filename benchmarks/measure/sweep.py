@@ -26,7 +26,7 @@ Grid = Mapping[str, Sequence[Any]]
 Shape = argparse.Namespace
 FORMATS = list(getattr(ops, "INDEX_FORMATS", ["exact"]))
 TITLES = {"head_dim": "D", "page_size": "S", "tokens": "T"}  # of columns
-MAY_BE_ZERO = ("new", "sink_pages", "recent_pages")
+MAY_BE_ZERO = ("new", "table", "sink_pages", "recent_pages")
 
 
 # ---- Flags. ----
@@ -48,6 +48,7 @@ def add_shape_flags(
         "vocab": {"type": int, "default": [128256], "help": "tokens that the model knows"},
         "page_size": {"type": int, "default": [8], "help": "tokens per page"},
         "block_size": {"type": int, "default": [64], "help": "tokens per physical block"},
+        "table": {"type": int, "default": [0], "help": "tokens that a row of the block table has room for, if more"},
         "budget": {"type": int, "default": [512], "help": "tokens that a KV head reads"},
         "rule": {"default": ["directional"], "choices": list(ops.RULES)},
         "index_format": {"default": ["exact"], "choices": FORMATS, "help": "storage of the index"},
@@ -96,7 +97,8 @@ def check(shape: Shape) -> None:
             raise SystemExit(f"error: --{name.replace('_', '-')}: expected at least {least}, got {value}")
     if "heads" in given:
         heads(shape.heads)
-    for name, step, what in (("context", "block_size", "block"), ("budget", "page_size", "page")):
+    steps = (("context", "block_size", "block"), ("table", "block_size", "block"), ("budget", "page_size", "page"))
+    for name, step, what in steps:
         if name in given and step in given and given[name] % given[step]:
             raise SystemExit(
                 f"error: --{name}: expected a multiple of the {what} size {given[step]}, got {given[name]}"
