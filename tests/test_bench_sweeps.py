@@ -239,8 +239,8 @@ def test_random_pages():
 def test_checks_of_a_decode_step_catch_what_is_wrong():
     decode = importlib.import_module("benchmarks.suite.decode")
     shape = argparse.Namespace(
-        batch=2, context=512, table=0, heads="4/2", head_dim=32, page_size=8, block_size=64, budget=64, rule="directional",
-        index_format="exact", dtype="fp32",
+        batch=2, context=512, table=0, heads="4/2", head_dim=32, page_size=8, block_size=64, budget=64,
+        rule="directional", index_format="exact", dtype="fp32",
     )  # fmt: skip
     step = decode.Step(shape, torch.device("cpu"))
     out, lse, pages = step.unique(0)

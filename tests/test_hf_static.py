@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 import unique_attn as ua
 from unique_attn.hf import compat
 from unique_attn.hf.attention import unique_attention_forward
-from unique_attn.hf.static_cache import UniqueStaticLayer
+from unique_attn.hf.static_layer import UniqueStaticLayer
 
 pytestmark = pytest.mark.skipif(
     not hasattr(StaticLayer(8), "cumulative_length"),

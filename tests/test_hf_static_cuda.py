@@ -8,7 +8,7 @@ from hf_helpers import SMALL, assert_same, generate, prompt, tiny
 from transformers.cache_utils import StaticLayer
 
 import unique_attn as ua
-from unique_attn.hf.static_cache import UniqueStaticLayer
+from unique_attn.hf.static_layer import UniqueStaticLayer
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),

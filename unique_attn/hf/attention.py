@@ -42,7 +42,7 @@ from unique_attn.hf.reasons import (
     unknown_reason,
     warn_dense,
 )
-from unique_attn.hf.static_cache import COMPILED, LISTED, UniqueStaticLayer, traced_step
+from unique_attn.hf.static_layer import COMPILED, LISTED, UniqueStaticLayer, traced_step
 from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
 
