@@ -332,7 +332,7 @@ def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool)
 def _masked_part(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """In a compiled call: keys and values without those for which there is no mask.
 
-    A static cache that was given whole pages is longer than a mask that was made for it before.
+    What a compiled step gets of a static cache are its rows in whole pages, which are longer than the masks for them.
     """
     if not is_traced() or mask is None or mask.shape[-1] >= key.shape[2]:
         return key, value

@@ -33,9 +33,10 @@ ATTRIBUTE = "_unique_attn"  # of keys and values, and of a cache
 
 
 class UniqueStaticLayer(StockStaticLayer):
-    """A static cache layer with pages: each row of its keys ``[B, H, max_cache_len, D]`` is one block.
+    """A static cache layer with pages: each row of what it stores is one block.
 
-    Until a call that is not compiled attends to it, it is a stock layer, with room for whole pages. Then the rows move
+    A block has whole pages, so it may have places behind the ``max_cache_len`` that the stock layer has. Nobody but the
+    ops sees those: masks that were made for the stock layer fit. Until a call that is not compiled attends to it, it is a stock layer, with room for whole pages. Then the rows move
     to where they begin with their first token that is no padding, and are indexed. From there on whatever depends on
     the length of a sequence is on the device, so compiled steps hold for all lengths.
     """
@@ -56,14 +57,12 @@ class UniqueStaticLayer(StockStaticLayer):
         self._pending = 0  # last tokens that are stored and not indexed, outside of compiled steps
         for name, value in vars(layer).items():
             vars(self)[{"keys": "_keys", "values": "_values"}.get(name, name)] = value
-        size, length = state.config.page_size, self.max_cache_len
-        self.max_cache_len = -(-length // size) * size
+        size = state.config.page_size
+        self._places = -(-self.max_cache_len // size) * size  # of a row
         if not self.is_initialized:
             self._host_length = 0
             return
-        if length != self.max_cache_len:
-            more = (0, 0, 0, self.max_cache_len - length)
-            self._keys, self._values = pad(self._keys, more), pad(self._values, more)
+        self._keys, self._values = self._whole(self._keys), self._whole(self._values)
         self._keep()
 
     # ---- What transformers sees. ----
@@ -76,7 +75,7 @@ class UniqueStaticLayer(StockStaticLayer):
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
         self._leave()
-        self.pages, self._keys = None, value
+        self.pages, self._keys = None, self._whole(value)
 
     @property
     def values(self) -> Tensor | None:
@@ -86,12 +85,13 @@ class UniqueStaticLayer(StockStaticLayer):
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._leave()
-        self.pages, self._values = None, value
+        self.pages, self._values = None, self._whole(value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if is_traced():
             super().lazy_initialization(key_states, value_states)
-            self._keys, self._values = self.keys, self.values  # up to PyTorch 2.11, tracing goes past the setters
+            # Up to PyTorch 2.11, tracing goes past the setters.
+            self._keys, self._values = self._whole(self.keys), self._whole(self.values)
             return
         with torch.inference_mode(False):  # the layer may outlive the inference mode it began in
             super().lazy_initialization(*autocast_inputs(key_states, value_states))
@@ -105,9 +105,13 @@ class UniqueStaticLayer(StockStaticLayer):
             self._host_length = None  # never read in a compiled step, or that would depend on it
             return self._keys, self._values
         self._settle()
-        self._store(key_states, value_states)
         if self._host_length is not None:
+            if self._host_length + num_tokens > self.max_cache_len:
+                raise IndexError(
+                    f"cache: expected at most {self.max_cache_len} tokens, got {self._host_length + num_tokens}"
+                )
             self._host_length += num_tokens
+        self._store(key_states, value_states)
         self._pending = num_tokens
         step = Step(key_states, value_states, self.max_cache_len)
         if num_tokens > 1:
@@ -259,7 +263,7 @@ class UniqueStaticLayer(StockStaticLayer):
         return None if self._keys.dtype == self._values.dtype else _DTYPE
 
     def _make_pages(self) -> LayerPages:
-        pool = SharedPool(num_blocks=self.batch_size, block_size=self.max_cache_len)
+        pool = SharedPool(num_blocks=self.batch_size, block_size=self._places)
         self.pages = LayerPages(pool, BlockStorage.around(self._keys, self._values, self.config), self.config)
         with torch.inference_mode(False):  # as keys and values
             self._table = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
@@ -282,23 +286,33 @@ class UniqueStaticLayer(StockStaticLayer):
             part.copy_(self._moved(part, by))
 
     def _moved(self, part: Tensor, by: Tensor) -> Tensor:
-        places = (torch.arange(self.max_cache_len, device=by.device) + by[:, None]).clamp(0, self.max_cache_len - 1)
+        places = (torch.arange(self._places, device=by.device) + by[:, None]).clamp(0, self._places - 1)
         return part.gather(2, places[:, None, :, None].expand_as(part))
 
     def _stock(self, part: Tensor | None) -> Tensor | None:
-        return self._moved(part, -self._offsets) if self.padded and part is not None else part
+        if part is None:
+            return None
+        if self.padded:
+            part = self._moved(part, -self._offsets)
+        return part if self._places == self.max_cache_len else part[:, :, : self.max_cache_len]
+
+    def _whole(self, part: Any) -> Any:
+        """A stock layer's keys or values with all places of a row."""
+        missing = 0 if part is None else self._places - part.shape[2]
+        return pad(part, (0, 0, 0, missing)) if missing else part
 
     def _store(self, k: Tensor, v: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         k, v = k.to(self._keys.dtype), v.to(self._values.dtype)
-        if not self.padded:
-            super().update(k, v)
-            return
         new = torch.arange(k.shape[2], device=self.device) + self.cumulative_length
-        rows, places = self._table, new - self._offsets[:, None]
-        self._keys[rows, :, places] = k.transpose(1, 2)
-        self._values[rows, :, places] = v.transpose(1, 2)
+        if self.padded:
+            rows, places = self._table, new - self._offsets[:, None]
+            self._keys[rows, :, places] = k.transpose(1, 2)
+            self._values[rows, :, places] = v.transpose(1, 2)
+        else:  # as the stock layer, but past the views that it would make of the rows
+            self._keys.index_copy_(2, new, k)
+            self._values.index_copy_(2, new, v)
         self.cumulative_length.add_(k.shape[2])
 
     def _settle(self) -> None:
@@ -387,4 +401,4 @@ def traced_step(key: Tensor, value: Tensor, num_tokens: int) -> tuple[UniqueStat
     layer = None if owner is None or owner.layer is None else owner.layer()
     if layer is None or layer._keys is not key or layer._values is not value:
         return None
-    return layer, Step(key[:, :, :num_tokens], value[:, :, :num_tokens], key.shape[2])
+    return layer, Step(key[:, :, :num_tokens], value[:, :, :num_tokens], layer.max_cache_len)
