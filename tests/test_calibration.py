@@ -160,7 +160,12 @@ def test_the_model_is_left_as_it_was():
     [
         ({"texts": "a text"}, TypeError, "texts: expected a list of texts or of tokens, got str"),
         ({"texts": []}, TypeError, "texts: expected a list"),
-        ({"texts": [ids(50)]}, ValueError, "texts: expected at least 168 tokens each, got 50"),
+        (
+            {"texts": [ids(50)]},
+            ValueError,
+            r"texts: expected at least 2 \* tail \+ 128 = 168 tokens each, got 50 in text 0",
+        ),
+        ({"max_tokens": 160}, ValueError, r"max_tokens: expected at least 2 \* tail \+ 128 = 168, got 160"),
         ({"texts": [torch.zeros(300)]}, TypeError, "texts: expected int64 tokens"),
         ({"texts": ["words"]}, ValueError, "tokenizer: expected that of the model"),
         ({"budgets": [1024]}, ValueError, "budgets: expected some of at most half of the 260 tokens"),

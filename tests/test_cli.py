@@ -55,6 +55,16 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         ("examples.demo --budgets 3", 2, "unrecognized arguments: --budgets 3; see `python -m examples.demo --help`"),
         ("examples.demo --model no/such --device cpu --quiet", 1, "cannot load 'no/such' as a local folder or a Hugg"),
         ("examples.finetune --steps 0 --device cpu", 1, "--steps: expected at least 1, got 0"),
+        (
+            "unique_attn calibrate --model no/such --file README.md --device gpu",
+            1,
+            "--device: expected one that torch has, got 'gpu' (",
+        ),
+        (
+            "unique_attn calibrate --model no/such --file docs/tasks.png",
+            1,
+            "--file: expected UTF-8 text, got 'docs/tasks.png' (",
+        ),
         ("unique_attn info --yaml", 2, "unrecognized arguments: --yaml; see `python -m unique_attn info --help`"),
         ("unique_attn everything", 2, "no command 'everything': expected one of calibrate, info"),
         ("unique_attn bench", 2, "'bench' is no part of the package: in a checkout, `python -m benchmarks`"),

@@ -103,6 +103,14 @@ def test_bad_types(field):
     assert str(caught.value).endswith(message)
 
 
+def test_several_tokens_at_once_always_read_their_own_page():
+    """Its entry is made of the tokens behind a token, too."""
+    message = "recent_pages: expected at least 1 with max_decode_tokens above 1.*, got 0 with 32"
+    with pytest.raises(ValueError, match=message):
+        UniqueConfig(recent_pages=0)
+    assert UniqueConfig(recent_pages=0, max_decode_tokens=1).recent_pages == 0
+
+
 def test_budgets_that_do_not_fit():
     with pytest.raises(ValueError, match=r"budget: expected room for sink_pages \+ recent_pages = 3 pages of 8 tokens"):
         UniqueConfig(budget=16, sink_pages=2)

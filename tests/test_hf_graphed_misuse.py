@@ -343,6 +343,32 @@ def test_an_assistant_is_a_named_error() -> None:
         model.generate(IDS[:1], assistant_model=tiny(), custom_generate=decoder, max_new_tokens=10, pad_token_id=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "low"),
+        ("prompt_lookup_num_tokens", 3),
+        ("assistant_early_exit", 1),
+        ("prefill_chunk_size", 8),
+        ("num_beams", 2),
+    ],
+)
+def test_settings_of_other_loops_are_named_errors(name: str, value: Any) -> None:
+    model = ua.enable(tiny(), ALWAYS_SPARSE)
+    decoder = ua.GraphedDecoder(model, batch=1, max_length=64)
+    with pytest.raises(ValueError, match=f"^{name}: expected (None|1) with a GraphedDecoder, got {value}"):
+        model.generate(IDS[:1], **{name: value}, custom_generate=decoder, max_new_tokens=4, pad_token_id=0)
+
+
+def test_a_row_of_padding_alone_is_a_named_error() -> None:
+    decoder = ua.GraphedDecoder(ua.enable(tiny(), ALWAYS_SPARSE), batch=2, max_length=64)
+    mask = torch.ones_like(IDS[:2])
+    mask[0] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected a token that is shown in every row"):
+        decoder.generate(IDS[:2], 4, attention_mask=mask)
+
+
 # ---- Its own arguments. ----
 
 

@@ -15,6 +15,7 @@ from hf_training_cases import CLOSE, HARD, HUGE, PACED, SMALL, SOFT, ids, step, 
 import unique_attn as ua
 from unique_attn import reference_train, train
 from unique_attn.hf import training
+from unique_attn.hf.attention import unique_attention_forward
 from unique_attn.hf.hooks import attention_modules
 
 
@@ -46,7 +47,7 @@ def test_attention_of_a_layer_is_that_of_the_oracle(mode, padding):
     if padding is not None:
         mask = torch.ones(50, 50, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
         mask[0, :, :, :7] = False
-    out, _ = ua.hf.attention.unique_attention_forward(module, q, k, v, mask, 0.3)
+    out, _ = unique_attention_forward(module, q, k, v, mask, 0.3)
     rows = [slice((padding or [0, 0])[b], 50) for b in range(2)]
     weight = torch.randn(2, 50, 4, 16)
     got = torch.autograd.grad(sum((out[b, r] * weight[b, r]).sum() for b, r in enumerate(rows)), (q, k, v))
@@ -251,7 +252,7 @@ def test_statistics_of_known_gates():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="train: expected a TrainConfig or None, got dict"):
         ua.enable(tiny(), SMALL, train={})  # type: ignore[arg-type]
-    none_recent = ua.UniqueConfig(recent_pages=0)  # decoding can do that
+    none_recent = ua.UniqueConfig(recent_pages=0, max_decode_tokens=1)  # decoding can do that
     for how in (SOFT, HARD, PACED, ua.TrainConfig(mode="dense", hard_after=0.5)):
         model = tiny()
         with pytest.raises(ValueError, match=r"config.recent_pages: expected at least 1 to train, got 0"):

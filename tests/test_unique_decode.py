@@ -122,22 +122,49 @@ def test_into_memory_of_the_caller(device: str, new_keys: bool, num_pages: int) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "index"])
+def test_results_overwrite_no_argument(device: str, name: str) -> None:
+    """`out` may begin in the middle of what the step reads."""
+    case = build(Spec((61, 7), 1, page_size=8, head_dim=64), device)
+    flat = getattr(case, name).flatten().view(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(case.q.nbytes)])  # room behind it
+    setattr(case, name, flat[: -case.q.nbytes].view(getattr(case, name).dtype).view(getattr(case, name).shape))
+    end = flat.numel() - case.q.nbytes
+    out = flat[end - 16 : end - 16 + case.q.nbytes].view(case.q.dtype).view(case.q.shape)
+    before = case.clone()
+    with pytest.raises(ValueError, match=f"^unique_decode: out: expected memory of its own, got some of {name}$"):
+        step(case, 4, out=out)
+    assert_same(getattr(case, name), getattr(before, name))
+    step(case, 4, out=flat[end:].view(case.q.dtype).view(case.q.shape))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_new_tokens_without_a_slot_are_not_written(device: str) -> None:
-    """The padding of an engine's captured steps; else as with all slots."""
-    case = build(Spec((61, 7, 12), 3, page_size=8), device)
+    """The padding of an engine's captured steps; else as with all slots. Pages of such tokens alone are not indexed."""
+    case = build(Spec((61, 7, 12, 18), 3, page_size=8), device)
     forget_last_tokens(case)
     slots = reference.step_slots(case.block_table, case.seq_lens, 3, case.k_cache.shape[2])
     whole, one, parts = case.clone(), case.clone(), case.clone()
     for got, each in zip(step(whole, 4, slot_mapping=slots), step(case, 4), strict=True):
         assert_same(got, each)
     assert_same(whole.k_cache, case.k_cache)
-    slots[[1, 3, 4, 5]] = -1
-    result = step(one, 4, slot_mapping=slots)
+    left_out = [1, 3, 4, 5, 9]  # of the last sequence the one token in its second page
+    slots[left_out] = -1
+    before = case.clone()
+    forget_last_tokens(before)
+    one, parts = before.clone(), before.clone()
+    out, _, _ = step(one, 4, slot_mapping=slots)
     ops.append_kv(parts.k.flatten(0, 1), parts.v.flatten(0, 1), parts.k_cache, parts.v_cache, slots)
-    for got, each in zip(result, step(parts, 4, new_keys=False), strict=True):
-        assert_same(got, each)
+    expected, _, _ = step(parts, 4, new_keys=False)
+    for row, page in ((1, 0), (3, 1)):
+        block, place = divmod(page, parts.index.shape[2])
+        block = int(parts.block_table[row, block])
+        assert (before.index[block, :, place] == 0xFF).all()
+        parts.index[block, :, place] = 0xFF
     for name in ("k_cache", "v_cache", "index"):
         assert_same(getattr(one, name), getattr(parts, name), name)
+    assert_same(out[0], expected[0])
+    assert_same(out[2], expected[2])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,8 +23,13 @@ ROOT = Path(__file__).parent.parent
         (sparse(dense_layers=[7]), "['dense_layers']: expected layers from 0 to 2, got 7"),
         ({**sparse(), "kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({**sparse(), "block_size": 8}, "block_size not supported"),
+        ({**sparse(), "kv_cache_dtype": "bfloat16"}, "keys and values stored as bfloat16 for a model of torch.float32"),
+        (
+            {**sparse(), "additional_config": {"unique-attn": {"budget": 64}}},
+            "additional_config: expected the settings under 'unique_attn', got 'unique-attn'",
+        ),
     ],
-    ids=["budget", "layers", "fp8", "block size"],
+    ids=["budget", "layers", "fp8", "block size", "another dtype", "another key"],
 )
 def test_an_engine_says_at_its_start_what_is_wrong(llama: Path, options: dict[str, Any], message: str):
     with pytest.raises((TypeError, ValueError)) as raised, engine(llama, **options):
@@ -51,6 +56,18 @@ def test_a_layer_with_another_feature_is_refused_by_name(feature: str, options: 
     shape = {"num_heads": 8, "head_size": 64, "scale": 0.125, "num_kv_heads": 2}
     with set_current_vllm_config(VllmConfig()), pytest.raises(NotImplementedError, match=feature):
         UniqueAttention(**shape | options)
+
+
+def test_a_drafter_that_stores_keys_itself_is_refused():
+    from unique_attn.vllm import versions
+
+    draft, target = SimpleNamespace(), SimpleNamespace()
+    speculative = SimpleNamespace(method="dflash", draft_model_config=draft)
+    assert versions.stores_keys_itself(SimpleNamespace(speculative_config=speculative, model_config=draft))
+    assert not versions.stores_keys_itself(SimpleNamespace(speculative_config=speculative, model_config=target))
+    assert not versions.stores_keys_itself(SimpleNamespace(speculative_config=None, model_config=draft))
+    speculative.method = "eagle"
+    assert not versions.stores_keys_itself(SimpleNamespace(speculative_config=speculative, model_config=draft))
 
 
 def test_more_drafts_than_the_ops_take_are_refused():

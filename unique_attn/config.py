@@ -20,7 +20,8 @@ class UniqueConfig(CheckedConfig):
         page_size: tokens per page: 4, 8, 16, 32 or 64.
         budget: tokens a query attends to, per KV head; a multiple of ``page_size``. Sink and recent pages count.
         sink_pages: first pages of a sequence that are always read.
-        recent_pages: last pages up to the query's own that are always read.
+        recent_pages: last pages up to the query's own that are always read. 0 needs ``max_decode_tokens=1``: of several
+            tokens at once, the page of one has an entry that those behind it are part of.
         lambda_: weight of the spread in the ``unique`` rule.
         c: standard deviations that the ``directional`` rule adds to the mean.
         block_size: tokens per physical block of the paged storage; a multiple of ``page_size``.
@@ -85,6 +86,11 @@ class UniqueConfig(CheckedConfig):
             self._integer("dense_below", 0)
         self._layers("dense_layers")
         self._integer("max_decode_tokens", 1)
+        if self.recent_pages == 0 and self.max_decode_tokens > 1:
+            raise ValueError(
+                "UniqueConfig.recent_pages: expected at least 1 with max_decode_tokens above 1, where a token would be "
+                f"selected for by those behind it, got 0 with {self.max_decode_tokens}"
+            )
         self._choice("graphs", ("auto", "off"))
         self._choice("prefill", ("dense", *PREFILL_METHODS))
         for name in ("threshold", "top_p"):

@@ -1,6 +1,8 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/index/format.h"
@@ -180,6 +182,10 @@ void Arguments::range(const char* name, int64_t value, int64_t low, int64_t high
   }
 }
 
+void Arguments::finite(const char* name, double value) const {
+  if (!std::isfinite(value)) fail(op_, name, "expected a finite number, got ", value);
+}
+
 void Arguments::head_dim(const char* name, int64_t head_dim) const {
   if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
     fail(op_, name, "expected a head dimension that is a multiple of 8 from 8 to ", kMaxHeadDim, ", got ", head_dim);
@@ -238,6 +244,22 @@ void Arguments::apart(const Tensor& k_cache, const Tensor& v_cache) const {
   check("v_cache", v_cache);
   if (k_cache.numel() > 0 && k_cache.data_ptr() == v_cache.data_ptr()) {
     fail(op_, "v_cache", "expected memory of its own, got that of k_cache");
+  }
+}
+
+void Arguments::apart(const char* name, const Tensor& written, const char* other_name, const Tensor& other) const {
+  if (written.numel() == 0 || other.numel() == 0) return;
+  const auto range_of = [this](const Tensor& tensor) {
+    const size_t size = tensor.scalar_type() == ScalarType::Byte ? 1 : dtype_size(dtype_);  // of the index, or the op's
+    int64_t last = 0;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    return std::make_pair(begin, begin + static_cast<uintptr_t>(last + 1) * size);
+  };
+  const auto [begin, end] = range_of(written);
+  const auto [other_begin, other_end] = range_of(other);
+  if (begin < other_end && other_begin < end) {
+    fail(op_, name, "expected memory of its own, got some of ", other_name);
   }
 }
 

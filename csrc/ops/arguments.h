@@ -48,6 +48,7 @@ class Arguments {
   void size(const char* name, const Tensor& tensor, int64_t dim, int64_t expected, const char* what) const;
   void contiguous(const char* name, const Tensor& tensor) const;
   void range(const char* name, int64_t value, int64_t low, int64_t high) const;
+  void finite(const char* name, double value) const;
   void head_dim(const char* name, int64_t head_dim) const;
   void page_size(int64_t page_size) const;
 
@@ -61,6 +62,8 @@ class Arguments {
   PagedView cache(const char* name, const Tensor& tensor) const;
   // That caches which are written share no memory, neither with each other nor within.
   void apart(const Tensor& k_cache, const Tensor& v_cache) const;
+  // That a tensor which is written lies before or behind another, whose strides are not negative.
+  void apart(const char* name, const Tensor& written, const char* other_name, const Tensor& other) const;
   // The page index of keys of the op's dtype; `num_blocks` -1 allows any number.
   IndexView index(const Tensor& index, int64_t index_format, Rule rule, int64_t num_blocks, int64_t heads,
                   int64_t head_dim) const;

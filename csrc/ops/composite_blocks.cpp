@@ -27,6 +27,7 @@ CompositeBlocksCall prepare_composite_blocks(const Arguments& args, const Tensor
     fail(args.op(), "rule", "expected mean or directional, got ", rule_facts(args.rule(rule)).name);
   }
   args.range("aggregate", aggregate, 0, 1);
+  args.finite("spread_weight", spread_weight);
   p.spread_weight = spread_weight;
   p.pools_heads = pools_heads;
   p.aggregate = static_cast<Aggregate>(aggregate);

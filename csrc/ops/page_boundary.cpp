@@ -53,6 +53,7 @@ Tensor page_boundary(Tensor q, Tensor index, Tensor cu_seqlens, int64_t max_seql
   p.dtype = args.dtype();
   const Rule chosen = args.rule(rule);
   p.form = rule_facts(chosen).form;
+  args.finite("spread_weight", spread_weight);
   p.spread_weight = spread_weight;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);
   std::optional<Tensor> keep, keep_index;

@@ -15,6 +15,14 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
   const int64_t batch = seq_lens.dim() == 1 ? seq_lens.size(0) : 0;
   p.table = args.table(block_table, seq_lens, batch, k_cache.size(0), k_cache.size(2), page_size);
   args.size("index", index, 2, k_cache.size(2) / page_size, "pages of a block");
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    if (index.size(dim) > 1 && index.stride(dim) == 0) {
+      fail(args.op(), "index", "expected memory of its own for every entry, got strides ", stride_string(index));
+    }
+  }
+  if (index.numel() > 0 && index.data_ptr() == k_cache.data_ptr()) {
+    fail(args.op(), "index", "expected memory of its own, got that of k_cache");
+  }
   args.range("max_new_tokens", max_new_tokens, 0, INT32_MAX);
   if (start_lens.has_value()) {
     args.tensor("start_lens", *start_lens, ScalarType::Int, 1);
@@ -26,6 +34,7 @@ PageIndexCall prepare_page_index(const Arguments& args, const Tensor& k_cache, c
   p.head_dim = static_cast<int>(k_cache.size(3));
   p.start_lens = start_lens.has_value() ? static_cast<const int32_t*>(start_lens->data_ptr()) : nullptr;
   p.max_new_tokens = static_cast<int>(max_new_tokens);
+  p.slots = nullptr;
   return call;
 }
 

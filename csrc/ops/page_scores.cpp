@@ -9,6 +9,7 @@ PageScoresCall prepare_page_scores(const Arguments& args, const Tensor& q, const
   std::optional<Tensor> keep_q;
   p.dtype = args.dtype();
   p.rule = args.rule(rule);
+  args.finite("spread_weight", spread_weight);
   p.spread_weight = spread_weight;
   p.q = args.tokens("q", q, keep_q);
   args.range("q.shape[1] (query tokens)", q.size(1), 1, kMaxQueryTokens);

@@ -57,6 +57,7 @@ void enter_batch(Params& p, const Arguments& args, const Tensor& q, const Tensor
   p.block_k = batch.block_k;
   p.cu_seqlens_q = batch.cu_seqlens_q;
   p.cu_seqlens_k = batch.cu_seqlens_k;
+  args.finite("scale", scale);
   p.scale = scale;
   p.table = batch.table;
 }

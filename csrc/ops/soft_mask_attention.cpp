@@ -36,6 +36,8 @@ SoftMaskCall prepare(const Arguments& args, const Tensor& q, const Tensor& k, co
   p.dtype = args.dtype();
   const Rule chosen = args.rule(rule);
   p.form = rule_facts(chosen).form;
+  args.finite("spread_weight", spread_weight);
+  args.finite("scale", scale);
   p.spread_weight = spread_weight;
   p.scale = scale;
   p.seqs = packed_sequences(args, cu_seqlens, q.size(0), max_seqlen, page_size);

@@ -5,7 +5,8 @@ namespace unique_attn {
 namespace {
 
 // Memory of the caller for what attention gives for q.
-void check_out(const Arguments& args, const Tensor& out, const Tensor& q) {
+void check_out(const Arguments& args, const Tensor& out, const Tensor& q, const Tensor& k_cache,
+               const Tensor& v_cache) {
   args.tensor("out", out, q.scalar_type(), 4);
   for (int64_t dim = 0; dim < 4; ++dim) args.size("out", out, dim, q.size(dim), "as in q");
   args.contiguous("out", out);
@@ -13,9 +14,9 @@ void check_out(const Arguments& args, const Tensor& out, const Tensor& q) {
   if (address % 16 != 0) {  // kernels store vectors
     fail(args.op(), "out", "expected memory that begins at a multiple of 16 bytes, got ", address % 16, " past one");
   }
-  if (out.numel() > 0 && out.data_ptr() == q.data_ptr()) {
-    fail(args.op(), "out", "expected memory of its own, got that of q");
-  }
+  args.apart("out", out, "q", q);
+  args.apart("out", out, "k_cache", k_cache);
+  args.apart("out", out, "v_cache", v_cache);
 }
 
 }  // namespace
@@ -48,11 +49,12 @@ SparseDecodeCall prepare_sparse_decode(const Arguments& args, const Tensor& q, c
   p.num_kv_heads = static_cast<int>(k_cache.size(1));
   p.head_dim = static_cast<int>(q.size(3));
   p.k = static_cast<int>(pages.size(3));
+  args.finite("scale", scale);
   p.scale = scale;
   p.window = static_cast<int>(window);
   p.pages = static_cast<const int32_t*>(pages.data_ptr());
   const ScalarType lse_type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (given_out.has_value()) check_out(args, *given_out, q);
+  if (given_out.has_value()) check_out(args, *given_out, q, k_cache, v_cache);
   Tensor out = given_out.has_value() ? *given_out : allocate(q, q.sizes(), q.scalar_type());
   Tensor lse = allocate(q, {q.size(0), q.size(1), q.size(2)}, lse_type);
   p.out = out.data_ptr();

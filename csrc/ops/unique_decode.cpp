@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
                          recent_pages, window, budget_pages, std::nullopt, 1);
   const SparseDecodeCall attention = prepare_sparse_decode(args, q, k_cache, v_cache, selection.pages, block_table,
                                                            seq_lens, page_size, scale, window, out);
+  if (out.has_value()) args.apart("out", *out, "index", index);
   std::optional<AppendKvCall> append;
   if (slot_mapping.has_value() && !k.has_value()) {
     fail(kOp, "slot_mapping", "expected None without k and v, got a tensor");
@@ -44,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
       slots = static_cast<const int64_t*>(slot_mapping->data_ptr());
     }
     append = prepare_append_kv(args, *k, *v, k_cache, v_cache, slots, scoring.params.table);
+    indexing.params.slots = slots;
     args.size("k", *k, 0, q.size(0), "sequences");
     args.size("k", *k, 1, q.size(1), "query tokens");
   }

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
-    texts = [file.read_text("utf-8") for file in options.file]
+    texts = [_read(file) for file in options.file]
     model, tokenizer = _load(options)
     from unique_attn.calibration.run import calibrate
 
@@ -85,12 +85,25 @@ def _picture(result: Any, path: Path) -> str:
     return f" and {path}"
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file: expected UTF-8 text, got {str(file)!r} ({error.reason} at {error.start})") from None
+
+
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
     from unique_attn.hf import compat  # noqa: F401  says what to do where transformers is missing
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"--device: expected one that torch has, got {device!r} ({str(error).splitlines()[0]})"
+        ) from None
     dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -74,6 +74,7 @@ def calibrate(
         for budget in plan.budgets
         if budget % page == 0 and base.block_size % page == 0 and budget // page > base.sink_pages + base.recent_pages
     ]
+    settings = list(dict.fromkeys(settings))
     if not settings:
         raise ValueError(f"budgets: expected some that are multiples of page_sizes {list(page_sizes)}, got {budgets}")
     with _borrowed(model) as borrowed:
@@ -126,9 +127,16 @@ class _Plan:
             raise ValueError("tokenizer: expected that of the model for texts and needles, got None")
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
         self.texts = [_tokens(text, tokenizer)[: min(max_tokens, positions)] for text in texts]
-        shortest = min(map(len, self.texts))
-        if shortest < 2 * tail + 128:
-            raise ValueError(f"texts: expected at least {2 * tail + 128} tokens each, got {shortest}")
+        least = 2 * tail + 128
+        if max_tokens < least:
+            raise ValueError(f"max_tokens: expected at least 2 * tail + 128 = {least}, got {max_tokens}")
+        lengths = [len(text) for text in self.texts]
+        shortest = min(lengths)
+        if shortest < least:
+            raise ValueError(
+                f"texts: expected at least 2 * tail + 128 = {least} tokens each, got {shortest} in text "
+                f"{lengths.index(shortest)}"
+            )
         given = BUDGETS if budgets is None else budgets
         self.budgets = sorted(budget for budget in given if budget <= shortest // 2)
         if not self.budgets:

@@ -15,6 +15,9 @@ from unique_attn.hf.compat import Cache, GenerationMixin
 if TYPE_CHECKING:
     from unique_attn.hf.graphed import GraphedDecoder
 
+#: Settings of ``generate`` that ask for another loop than a :class:`GraphedDecoder`'s, or for a prompt in pieces.
+NOT_DONE = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+
 
 def decoding_loop(
     decoder: GraphedDecoder,
@@ -40,7 +43,8 @@ def decoding_loop(
         ValueError: something asked for that the loop does not do, or more tokens than fit.
     """
     config, most = generation_config, decoder.cache.max_length + 1
-    for name, plain in (("num_beams", 1), ("return_dict_in_generate", False), ("use_cache", True)):
+    plain_values = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True, **dict.fromkeys(NOT_DONE)}
+    for name, plain in plain_values.items():
         value = getattr(config, name, None)
         if value not in (None, plain):
             raise ValueError(f"{name}: expected {plain} with a GraphedDecoder, got {value}")

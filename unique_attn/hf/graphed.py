@@ -281,6 +281,8 @@ def _left_padding(mask: Tensor | None, input_ids: Tensor) -> list[int]:
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(mask.shape)}")
     shown = mask.bool()
+    if not bool(shown.any(-1).all()):
+        raise ValueError("attention_mask: expected a token that is shown in every row, got a row of padding alone")
     if not bool((shown[:, 1:] >= shown[:, :-1]).all()) or not bool(shown[:, -1].all()):
         raise ValueError("attention_mask: expected padding on the left only, got hidden tokens behind shown ones")
     return [int(n) for n in (~shown).sum(-1).tolist()]

@@ -36,9 +36,11 @@ class UniqueStaticLayer(StockStaticLayer):
     """A static cache layer with pages: each row of what it stores is one block.
 
     A block has whole pages, so it may have places behind the ``max_cache_len`` that the stock layer has. Nobody but the
-    ops sees those: masks that were made for the stock layer fit. Until a call that is not compiled attends to it, it is a stock layer, with room for whole pages. Then the rows move
-    to where they begin with their first token that is no padding, and are indexed. From there on whatever depends on
-    the length of a sequence is on the device, so compiled steps hold for all lengths.
+    ops sees those: masks that were made for the stock layer fit.
+
+    Until a call that is not compiled attends to it, it is a stock layer. Then the rows move to where they begin with
+    their first token that is no padding, and are indexed. From there on whatever depends on the length of a sequence is
+    on the device, so compiled steps hold for all lengths.
     """
 
     window = 0

@@ -57,5 +57,5 @@ def reject_grad(op: str, **tensors: Tensor | None) -> None:
     """Raise if a gradient would have to flow through an op that writes to its inputs."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:  # the dispatcher names what is none
                 raise NotDifferentiableError(f"{name} requires grad, but {_message(op)}")

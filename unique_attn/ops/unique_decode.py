@@ -53,7 +53,8 @@ def unique_decode(
         seq_lens: int32 ``[B]``, lengths after this step's T tokens.
         num_pages: pages per row (the budget in pages, k of the paper).
         rule, page_size, spread_weight, sink_pages, recent_pages, scale, window, budget_pages, index_format: as in the
-            single ops.
+            single ops. With T > 1 and ``recent_pages=0``, a token's own page is scored by an entry that the tokens
+            behind it are part of.
         slot_mapping: int64 ``[B * T]``, as an engine's: new tokens with a negative number are not written. Other
             numbers are the places that ``block_table`` has for them, block * block_size + offset. None: all are
             written.

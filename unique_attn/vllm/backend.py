@@ -76,6 +76,14 @@ class UniqueBackend(AttentionBackend):
         return head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_DIM
 
     @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: Any, *more: Any, **named: Any
+    ) -> str | None:
+        if kv_cache_dtype not in (None, "auto") and dtype != getattr(torch, kv_cache_dtype, None):
+            return f"keys and values stored as {kv_cache_dtype} for a model of {dtype}"
+        return None
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return capability is None or capability.major >= 8  # None on the CPU
 
@@ -124,8 +132,14 @@ class UniqueMetadataBuilder(AttentionMetadataBuilder[Batch]):
                 "unique_attn: speculative_config: expected num_speculative_tokens for which a row has at most "
                 f"{MAX_QUERY_TOKENS} tokens, got rows of {threshold}"
             )
+        config = read_settings(vllm_config.additional_config)
+        if threshold > 1 and config.recent_pages < 1:
+            raise ValueError(
+                "unique_attn: additional_config['unique_attn']['recent_pages']: expected at least 1 with "
+                "speculative_config, where a token would be selected for by the drafts behind it, got 0"
+            )
         self._cutter = BatchCutter(
-            read_settings(vllm_config.additional_config),
+            config,
             threshold,
             kv_cache_spec.block_size,
             max(
@@ -180,6 +194,9 @@ class UniqueAttention(AttentionImpl[Batch]):
             f"attention of the type {attn_type}": attn_type != AttentionType.DECODER,
             "layers that share keys and values": kv_sharing_target_layer_name is not None,
             f"more than {MAX_GROUP} query heads per KV head": num_heads > MAX_GROUP * self.num_kv_heads,
+            "a drafter that stores keys by itself, dflash or dspark (give it another attention_backend)": (
+                versions.stores_keys_itself(config)
+            ),
             "context parallelism": config.parallel_config.decode_context_parallel_size > 1,
             **{f"the attention argument {name}": value is not None for name, value in unknown.items()},
         }

@@ -10,6 +10,7 @@ from unique_attn.rules import MAX_PAGES
 
 #: The key in vLLM's ``additional_config``.
 KEY = "unique_attn"
+MISSPELT = (KEY, KEY.replace("_", ""), "unique_attention", "unique")
 #: Fields of ``UniqueConfig`` that vLLM decides, and how it is told.
 DECIDED_BY_VLLM = {
     "block_size": "vLLM's own argument block_size",
@@ -32,6 +33,9 @@ def read_settings(additional_config: Any, num_layers: int | None = None) -> Uniq
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     name = f"additional_config[{KEY!r}]"
     if given is None:
+        for key in additional_config if isinstance(additional_config, Mapping) else ():
+            if str(key).lower().replace("-", "_") in MISSPELT:
+                raise ValueError(f"additional_config: expected the settings under {KEY!r}, got {key!r}")
         given = {}
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected a mapping of fields of UniqueConfig, got {given!r}")
@@ -39,7 +43,7 @@ def read_settings(additional_config: Any, num_layers: int | None = None) -> Uniq
         if field in given:
             raise ValueError(f"{name}[{field!r}]: expected {instead}, got {given[field]!r} here")
     try:
-        config = UniqueConfig.from_dict(given)
+        config = UniqueConfig.from_dict({**given, "max_decode_tokens": 1})  # how many it is, the engine says
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     if num_pages(config) > MAX_PAGES:

@@ -66,6 +66,14 @@ def current_config() -> Any:
     return get_current_vllm_config_or_none()
 
 
+def stores_keys_itself(config: Any) -> bool:
+    """Whether the model that is being made is a drafter that puts keys into a cache outside of attention."""
+    speculative = config.speculative_config
+    if speculative is None or config.model_config is not speculative.draft_model_config:
+        return False
+    return speculative.method in ("dflash", "dspark")
+
+
 def is_cpu() -> bool:
     """Whether vLLM runs on its CPU platform."""
     from vllm.platforms import current_platform

@@ -21,6 +21,9 @@ struct PageIndexParams {
   PageTable table;            // seq_lens are the lengths after the append
   const int32_t* start_lens;  // [B] lengths before the append; null: seq_len - max_new_tokens, at least 0
   int max_new_tokens;         // host-known upper bound of seq_len - start_len
+  // Of an append that leaves tokens out, [B * max_new_tokens], without start_lens; else null. A page all of whose new
+  // tokens have a negative slot is not touched.
+  const int64_t* slots;
 };
 
 // As far as the table's row reaches; a start before the sequence's is the sequence's.
@@ -30,6 +33,17 @@ UA_HD PageRange touched_pages(const PageIndexParams& p, int b) {
   if (start >= seq_len) return {0, 0};
   const int end = min_of((seq_len - 1) / p.table.page_size + 1, table_pages(p.table));
   return {min_of(start / p.table.page_size, end), end};
+}
+
+// Whether a page of touched_pages has a new token that was written.
+UA_HD bool has_written_token(const PageIndexParams& p, int b, int page) {
+  if (p.slots == nullptr) return true;
+  bool any = false;
+  for (int t = 0; t < p.max_new_tokens; ++t) {
+    const int position = p.table.seq_lens[b] - p.max_new_tokens + t;
+    any |= position >= 0 && position / p.table.page_size == page && p.slots[int64_t{b} * p.max_new_tokens + t] >= 0;
+  }
+  return any;
 }
 
 // Touched pages of any sequence, at most.

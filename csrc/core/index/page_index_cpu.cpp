@@ -38,7 +38,7 @@ void encode_pages(const PageIndexParams& p, const CpuExecutor& exec) {
       for (int64_t i = from; i < to; ++i) {
         const int page = pages.first + static_cast<int>(i / p.num_kv_heads);
         const int block = block_of(i);
-        if (block < 0) continue;
+        if (block < 0 || !has_written_token(p, b, page)) continue;
         const int64_t ahead = i + kAhead < items ? i + kAhead : i;
         const T* const next = keys_of(ahead, max_of(block_of(ahead), 0));
         for (int j = 0; j < page_size; ++j) {

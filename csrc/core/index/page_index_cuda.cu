@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMaxHeadDim)
   const int head = blockIdx.y;
   const PageRange pages = touched_pages(p, b);
   const int page = pages.first + static_cast<int>(blockIdx.x % pages_per_seq);
-  if (page >= pages.end) return;
+  if (page >= pages.end || !has_written_token(p, b, page)) return;
   const int page_size = p.table.page_size;
   const int pages_per_block = p.table.block_size / page_size;
   const int block = physical_block(p.table, b, page / pages_per_block);
