@@ -143,7 +143,7 @@ def setting_for(way: Way, surveys: Sequence[Survey], blocks: Blocks, wanted: flo
         def kept(top_p: float) -> float:
             return sum(density(blocks, select(way, shares, blocks, top_p)) for shares in every) / len(every)
 
-        return find_setting(wanted, kept, steps=12)[0]
+        return find_setting(wanted, kept, steps=20)[0]
     free = seen & ~forced
     values = torch.cat([x[: blocks.queries].transpose(0, 1)[:, free].flatten() for x in every]).clamp(max=1)
     share = (wanted * int(seen.sum()) - int(forced.sum())) / int(free.sum())

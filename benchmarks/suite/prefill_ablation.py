@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ from examples.support.results import DTYPES, environment
 
 LENGTHS = {SMOLLM2: [8192], GEMMA: [16384]}
 DENSITIES = [0.2, 0.3, 0.4]
+EVERY = ["directional", replace(SHIPPED, selection="top_p").label, PAPER.label]  # the ways, in the order of the runs
+EVERY += [name for name in ESTIMATES if name not in EVERY]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimators",
         nargs="+",
-        default=[*ESTIMATES, PAPER.label],
+        default=EVERY,
         help="NAME for all of its aggregates, or NAME:AGGREGATE, or NAME:AGGREGATE:top_p",
     )
     parser.add_argument("--density", type=float, nargs="+", default=DENSITIES, help="at which ways are compared")
