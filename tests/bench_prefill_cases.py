@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.cli import main
 from benchmarks.measure.block_lists import Blocks
+from benchmarks.measure.next_tokens import Layer
 from benchmarks.measure.prompts import Prompt
 
 CPU = torch.device("cpu")
@@ -39,3 +40,12 @@ def options(**changed: Any) -> argparse.Namespace:
 def run_prefill(tmp_path: Path, *argv: str) -> dict[str, Any]:
     flags = ["--tokens", "512", "1024", "--density", "60", "40", *LAYER, "--repeats", "2", "--device", "cpu", *argv]
     return written(tmp_path, "prefill", *flags)
+
+
+def some_layer(tokens: int, heads: tuple[int, int] = (4, 2), device: torch.device | None = None) -> Layer:
+    """Keys that change slowly, queries that are alike for a while: some blocks matter more than others."""
+    made = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(tokens, count, 32, generator=made) for count in (heads[0], heads[1], heads[1]))
+    topics = torch.randn(-(-tokens // 32), heads[1], 32, generator=made).repeat_interleave(32, 0)[:tokens]
+    q, k = q + 2 * topics.repeat_interleave(heads[0] // heads[1], 1).roll(64, 0), k + topics
+    return Layer(*(x.to(device) for x in (q, k, v)), 0.3)

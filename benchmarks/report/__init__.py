@@ -22,6 +22,7 @@ from benchmarks.report import (
     pages,
     plots,
     prefill,
+    prefill_ablation,
     prefill_quality,
     quality,
     serve,
@@ -57,6 +58,7 @@ def blocks(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "families": families.block(results),
         "PREFILL-SPEED": prefill.block(results),
         "PREFILL-QUALITY": prefill_quality.block(results),
+        "PREFILL-ABLATION": prefill_ablation.block(results),
         "serve results": serve.block(results),
         "TASKS": tasks.block(results),
         "TASK-FAILURES": tasks.failures_block(results),
@@ -74,8 +76,8 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         ImportError: there is something to draw, but no matplotlib.
     """
-    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality, tasks, ablation)
-    return [path for part in parts for path in part.draw(results, folder)]
+    parts = (headline, generate, training, charts, quality, finetune, prefill, prefill_quality, prefill_ablation)
+    return [path for part in (*parts, tasks, ablation) for path in part.draw(results, folder)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
