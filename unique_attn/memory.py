@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +13,8 @@ from torch import Tensor
 
 SPACE = 2**46  # bytes of addresses that all tensors share: half of what a process has
 _unfinished: list[_Addresses] = []  # to be given back as soon as that is possible
-_reserved = 0  # bytes of addresses
-_counting = threading.Lock()
-
-
-def _count(num_bytes: int) -> None:
-    global _reserved
-    with _counting:
-        _reserved += num_bytes
+# Bytes of addresses by the first one. No lock: ranges may end wherever garbage is collected.
+_reserved: dict[int, int] = {}
 
 
 class _Addresses:
@@ -45,7 +38,7 @@ class _Addresses:
                     "pages of a cache could grow"
                 )
         self.address, self.num_bytes, self.granularity = found
-        _count(self.num_bytes)
+        _reserved[self.address] = self.num_bytes
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -76,8 +69,8 @@ class _Addresses:
 
     def close(self) -> None:
         self.unback()
+        _reserved.pop(self.address, None)
         torch.ops.unique_attn._free_addresses(self.address, self.num_bytes)
-        _count(-self.num_bytes)
 
     def __del__(self) -> None:
         if not hasattr(self, "address") or sys.is_finalizing():
@@ -163,7 +156,7 @@ def capacity_for(rows: int, row_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2 * rows
     total = torch.cuda.get_device_properties(device).total_memory
-    return max(2 * rows, room(total, _reserved) // row_bytes)
+    return max(2 * rows, room(total, sum([*_reserved.values()])) // row_bytes)
 
 
 def room(total_memory: int, reserved: int) -> int:
