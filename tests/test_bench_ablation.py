@@ -23,6 +23,7 @@ from benchmarks.measure.page_choice import SCORES, Setting, Step, choose
 from benchmarks.measure.spread_terms import head_terms, rank_correlation, spread_terms
 from benchmarks.measure.tail_decode import TailBatch
 from benchmarks.report import ablation as ablation_report
+from benchmarks.report.summary import of_models
 from benchmarks.suite import ablation
 from unique_attn import ops
 from unique_attn.hf.hooks import MassRecord, attention_modules, hook_of, recording
@@ -301,8 +302,8 @@ def test_report(result: dict[str, Any], tmp_path: Path):
     assert drawn["lengths"] == [64, 128]
     assert drawn["lines"]["recent"][0] == next(row["kl"] for row in case["rows"] if row["score"] == "recent")
     on_gpu = {**result, "environment": {**result["environment"], "device": "NVIDIA H200"}}
-    assert ablation_report.ablations([result, on_gpu]) == [on_gpu]
-    assert ablation_report.ablations([result, {**on_gpu, "model": "Other"}])[1] is result
+    assert of_models([result, on_gpu], "ablation") == [on_gpu]
+    assert of_models([result, {**on_gpu, "model": "Other"}], "ablation")[1] is result
     assert ablation_report.block([]) == ablation_report.terms_block([]) == ablation_report.failures_block([]) == ""
     assert ablation_report.draw([], tmp_path) == []
 

@@ -39,6 +39,7 @@ from benchmarks.measure.block_shares import ESTIMATES, block_shares, words
 from benchmarks.measure.equal_density import Rung, at_density, standard_error
 from benchmarks.measure.next_tokens import tail_logits
 from benchmarks.report import prefill_ablation as ablation_report
+from benchmarks.report.summary import of_models
 from benchmarks.suite import prefill_ablation, prefill_quality
 
 # ---- Choices. ----
@@ -255,7 +256,7 @@ def test_report(result: dict[str, Any], tmp_path: Path):
     assert list(panels["estimates"]) == ["directional max", "random"]
     assert panels["aggregates, selection"]["oracle mean"][0] == [setting["density"], setting["kl"]]
     on_gpu = {**result, "environment": {**result["environment"], "device": "NVIDIA H200"}}
-    assert ablation_report.ablations([result, on_gpu]) == [on_gpu]
+    assert of_models([result, on_gpu], "prefill_ablation") == [on_gpu]
     assert ablation_report.block([]) == ""
     assert ablation_report.draw([], tmp_path) == []
 

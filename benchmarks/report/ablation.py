@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.measure.machine import slug
 from benchmarks.measure.page_choice import SCORES, label
 from benchmarks.report import plots
-from benchmarks.report.summary import machine
+from benchmarks.report.summary import machine, of_models
 from benchmarks.report.tables import tokens
 from examples.support.results import markdown
 
@@ -43,16 +43,8 @@ TERMS = {  # of a head, in the order of the table
 HEAD_ROWS = 16  # more heads are shown by layer
 
 
-def ablations(results: Sequence[Result]) -> list[Result]:
-    """The results of ``ablation``; of a model those on GPUs, if there are any."""
-    every = [result for result in results if result["bench"] == "ablation" and result["cases"]]
-    on_gpu = {result["model"] for result in every if result["environment"]["device"] != "cpu"}
-    chosen = [r for r in every if r["model"] not in on_gpu or r["environment"]["device"] != "cpu"]
-    return sorted(chosen, key=lambda r: (r["model"], max(case["length"] for case in r["cases"])))
-
-
 def cases(results: Sequence[Result]) -> Iterator[tuple[Result, Case]]:
-    for result in ablations(results):
+    for result in of_models(results, "ablation"):
         for case in result["cases"]:
             yield result, case
 

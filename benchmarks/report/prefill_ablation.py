@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks.measure.block_shares import words
 from benchmarks.report import plots
-from benchmarks.report.summary import machine
+from benchmarks.report.summary import machine, of_models
 from benchmarks.report.tables import tokens
 from examples.support.results import markdown
 
@@ -38,16 +38,8 @@ def _kind(row: Row) -> tuple[str, str, str]:
     return row["estimate"], row["aggregate"], row["selection"]
 
 
-def ablations(results: Sequence[Result]) -> list[Result]:
-    """The results of ``prefill_ablation``; of a model those on GPUs, if there are any."""
-    every = [result for result in results if result["bench"] == "prefill_ablation" and result["cases"]]
-    on_gpu = {result["model"] for result in every if result["environment"]["device"] != "cpu"}
-    chosen = [r for r in every if r["model"] not in on_gpu or r["environment"]["device"] != "cpu"]
-    return sorted(chosen, key=lambda r: (r["model"], max(case["length"] for case in r["cases"])))
-
-
 def cases(results: Sequence[Result]) -> Iterator[tuple[Result, Case]]:
-    for result in ablations(results):
+    for result in of_models(results, "prefill_ablation"):
         for case in result["cases"]:
             yield result, case
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,14 @@ def machine(environment: dict[str, Any]) -> str:
     if environment["device"] == "cpu":
         return f"{environment['cpu']}, {environment['threads']} threads, {environment['cpu_isa']}"
     return str(environment["device"])
+
+
+def of_models(results: Sequence[Mapping[str, Any]], bench: str) -> list[Mapping[str, Any]]:
+    """The results of a benchmark of real models, by model; of a model those on GPUs, if there are any."""
+    every = [result for result in results if result["bench"] == bench and result["cases"]]
+    on_gpu = {result["model"] for result in every if result["environment"]["device"] != "cpu"}
+    chosen = [r for r in every if r["model"] not in on_gpu or r["environment"]["device"] != "cpu"]
+    return sorted(chosen, key=lambda r: (r["model"], max(case["length"] for case in r["cases"])))
 
 
 def decode_table(results: Sequence[dict[str, Any]]) -> str:
