@@ -228,11 +228,21 @@ def test_good_values_are_accepted(device: str, op: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_that_are_no_error(device: str) -> None:
-    """Weights and scales are any numbers; NaN gives NaN where something is seen, and such blocks are kept."""
+    """Weights and scales are any finite numbers."""
     args = arguments("composite_blocks", device)
     assert ops.composite_blocks(**{**args, "spread_weight": -1.0}).isfinite().all()
-    assert ops.composite_blocks(**{**args, "spread_weight": math.nan})[0, :, 0].isnan().all()
-    out, _, mask, kept = ops.unique_prefill(**arguments("unique_prefill", device), scale=math.nan)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^composite_blocks: spread_weight: expected a finite number, got {bad}$"):
+            ops.composite_blocks(**{**args, "spread_weight": bad})
+        with pytest.raises(ValueError, match=f"scale: expected a finite number, got {bad}$"):
+            ops.unique_prefill(**arguments("unique_prefill", device), scale=bad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_cannot_be_estimated_is_kept(device: str) -> None:
+    args = arguments("unique_prefill", device)
+    args["k"] = torch.full_like(args["k"], torch.nan)
+    out, _, mask, kept = ops.unique_prefill(**args)
     assert out.isnan().all()
     assert mask.flatten(1).tolist() == [[1] * 6, [0] * 6, [1] * 6, [0] * 6]
     assert bool((kept == 1.0).all())

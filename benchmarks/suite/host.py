@@ -20,8 +20,8 @@ from examples.support.results import environment
 COMMITTED = {"cuda": [["--repeats", "100"]]}
 # Kernels that take less than their launches: what is timed is the host.
 SHAPE = {
-    "batch": 2, "context": 4096, "heads": "32/8", "head_dim": 128, "page_size": 8, "block_size": 64, "budget": 512,
-    "rule": "directional", "index_format": "exact", "dtype": "bf16",
+    "batch": 2, "context": 4096, "table": 0, "heads": "32/8", "head_dim": 128, "page_size": 8, "block_size": 64,
+    "budget": 512, "rule": "directional", "index_format": "exact", "dtype": "bf16",
 }  # fmt: skip
 CALLS = 40  # of a round: their launches fit into the queue
 
