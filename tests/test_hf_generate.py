@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -290,3 +291,18 @@ def test_inference_mode_and_back():
         output = model(ids[:, 31:], past_key_values=cache).logits
         expected = tiny()(ids).logits[:, 31:]
     torch.testing.assert_close(output, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_prompts_in_chunks_that_begin_in_padding(chunk: int):
+    """A token of a row's padding says nothing against pages: the next ones may be on them."""
+    inputs = prompt(length=40, padding=[0, 9])
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = tiny().generate(**inputs, **settings, prefill_chunk_size=chunk)
+    model = ua.enable(tiny(), ua.UniqueConfig(budget=64, dense_below=0, block_size=16))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="unique_attn")
+        with ua.record_selection(model) as records:
+            found = model.generate(**inputs, **settings, prefill_chunk_size=chunk)
+    assert torch.equal(found, expected)
+    assert len(records) >= 5 * model.config.num_hidden_layers

@@ -55,6 +55,10 @@ class CacheState:
         found = self._masks.padding(mask, batch, num_tokens, length, layer)
         return showing_new(found, num_tokens, length)
 
+    def hides_new(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> bool:
+        """Where :meth:`padding` has none to tell: whether that is since new tokens of some row are padding."""
+        return self._masks.padding(mask, batch, num_tokens, length, layer) is not None
+
     def padding_of_call(self, mask: Any, batch: int, length: int, layer: object) -> list[int] | None:
         """Left padding of rows of ``length`` tokens by the ``attention_mask`` of a call, looked at once for all layers.
 

@@ -276,7 +276,7 @@ class UniqueLayer(DynamicLayer):
         state = self.state
         padding = state.padding(mask, step.k.shape[0], step.num_tokens, step.length, self)
         if padding is None:
-            if step.num_tokens > 1:
+            if step.num_tokens > 1 or state.hides_new(mask, step.k.shape[0], step.num_tokens, step.length, self):
                 return _TREE
             state.refused = True
             warn_once("an attention mask is not causal with left padding: dense attention for this cache", "mask")
