@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from hf_helpers import SMALL, generate, prompt, tiny
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import unique_attn as ua
@@ -45,16 +45,20 @@ def small(family: str) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("new_tokens", [11, 13])
 @pytest.mark.parametrize("family", OWN_KEYS)
-def test_dense_families(family: str, new_tokens: int):
+def test_dense_families(family: str, new_tokens: int, compiled: bool):
     if not hasattr(transformers, f"{family}Config"):
         pytest.skip(f"this transformers has no {family}")
-    inputs, kwargs = (
-        prompt(length=60, padding=PADDING),
-        {"cache_implementation": "static", "max_new_tokens": new_tokens},
-    )
+    inputs = prompt(length=60, padding=PADDING)
+    kwargs: dict[str, Any] = {"cache_implementation": "static", "max_new_tokens": new_tokens}
+    if compiled:  # by transformers, on the CPU too
+        kwargs["compile_config"] = CompileConfig(backend="eager", fullgraph=True, mode=None)
+        kwargs["compile_config"]._compile_all_devices = True
+    torch._dynamo.reset()
     expected = generate(small(family), inputs, **kwargs)
+    torch._dynamo.reset()
     found = generate(ua.enable(small(family), SMALL), inputs, **kwargs)
     assert torch.equal(found.sequences, expected.sequences)
 

@@ -56,8 +56,10 @@ def turn_static(cache: Any, modules: Sequence[nn.Module], mask: Any) -> None:
             continue
         if layer.user is None and not any(each.layer_idx == idx for each in modules):
             continue  # of another part of the model
-        layer.dense = layer.no_pages() or _no_user(layer, [each for each in modules if each.layer_idx == idx])
-        if layer.dense is None:
+        refusal = layer.no_pages() or _no_user(layer, [each for each in modules if each.layer_idx == idx])
+        if refusal is not None:
+            layer.stay_dense(refusal)
+        else:
             length = layer.length()
             padding = layer.state.padding_of_call(mask, layer.batch_size, length, layer)
             if padding is None:

@@ -215,8 +215,8 @@ class UniqueStaticLayer(StockStaticLayer):
             if self.indexed:
                 self._index(step.num_tokens)
         elif refusal.lasting:
-            self.dense = refusal
             self._leave()
+            self.stay_dense(refusal)
         else:
             self._settle()
         keys, values = self.keys, self.values
@@ -226,9 +226,19 @@ class UniqueStaticLayer(StockStaticLayer):
 
     # ---- On and off pages. ----
 
+    def stay_dense(self, refusal: Refusal) -> None:
+        """Until it is reset. Compiled steps get rows of stock's length, which whoever computes with them counts on."""
+        self.dense = refusal
+        if self._keys.shape[2] > self.max_cache_len:
+            length = self.max_cache_len
+            self._keys, self._values = (part[:, :, :length].contiguous() for part in (self._keys, self._values))
+            self.pages = None
+            self._keep()
+
     def turn(self, padding: list[int], length: int) -> None:
         """Move rows to where they have no ``padding``, and index their ``length`` tokens, padding included."""
         if self.pages is None:
+            self._keys, self._values = self._whole(self._keys), self._whole(self._values)
             self._make_pages()
         self._keep()
         offsets = torch.tensor(padding)
@@ -288,7 +298,8 @@ class UniqueStaticLayer(StockStaticLayer):
             part.copy_(self._moved(part, by))
 
     def _moved(self, part: Tensor, by: Tensor) -> Tensor:
-        places = (torch.arange(self._places, device=by.device) + by[:, None]).clamp(0, self._places - 1)
+        count = part.shape[2]
+        places = (torch.arange(count, device=by.device) + by[:, None]).clamp(0, count - 1)
         return part.gather(2, places[:, None, :, None].expand_as(part))
 
     def _stock(self, part: Tensor | None) -> Tensor | None:
@@ -296,7 +307,7 @@ class UniqueStaticLayer(StockStaticLayer):
             return None
         if self.padded:
             part = self._moved(part, -self._offsets)
-        return part if self._places == self.max_cache_len else part[:, :, : self.max_cache_len]
+        return part if part.shape[2] == self.max_cache_len else part[:, :, : self.max_cache_len]
 
     def _whole(self, part: Any) -> Any:
         """A stock layer's keys or values with all places of a row."""
