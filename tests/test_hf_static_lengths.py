@@ -14,6 +14,7 @@ from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import unique_attn as ua
+from unique_attn.hf.static_layer import LISTED
 
 pytestmark = [
     pytest.mark.skipif(
@@ -118,6 +119,27 @@ def test_a_token_too_many_is_an_error(padding: list[int] | None):
         model(inputs["input_ids"][:, :1], attention_mask=mask[:, :71], past_key_values=cache)
         with pytest.raises(IndexError, match="expected at most 71 tokens, got 72"):
             model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["Doge", "llama"])
+def test_a_prompt_in_inference_mode(family: str):
+    """What is made there is written to outside of it: rows of stock's length of a layer that stays dense, whole pages
+    of one that was dense until it was reset."""
+    model = ua.enable(small(family) if family in OWN_KEYS else tiny(family), SMALL)
+    inputs = prompt(length=60, padding=PADDING)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    for turn in range(2):
+        with torch.inference_mode():
+            model(**inputs, past_key_values=cache)
+        if turn == 0:
+            for layer in cache.layers:
+                layer.stay_dense(LISTED)
+            cache.reset()
+    with torch.no_grad():
+        out = model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+    assert out.logits.isfinite().all()
+    assert all(layer.indexed == (family not in OWN_KEYS) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -231,7 +232,8 @@ class UniqueStaticLayer(StockStaticLayer):
         self.dense = refusal
         if self._keys.shape[2] > self.max_cache_len:
             length = self.max_cache_len
-            self._keys, self._values = (part[:, :, :length].contiguous() for part in (self._keys, self._values))
+            with torch.inference_mode(False):  # as in lazy_initialization
+                self._keys, self._values = (part[:, :, :length].contiguous() for part in (self._keys, self._values))
             self.pages = None
             self._keep()
 
@@ -312,7 +314,10 @@ class UniqueStaticLayer(StockStaticLayer):
     def _whole(self, part: Any) -> Any:
         """A stock layer's keys or values with all places of a row."""
         missing = 0 if part is None else self._places - part.shape[2]
-        return pad(part, (0, 0, 0, missing)) if missing else part
+        if not missing:
+            return part
+        with nullcontext() if is_traced() else torch.inference_mode(False):  # as in lazy_initialization
+            return pad(part, (0, 0, 0, missing))
 
     def _store(self, k: Tensor, v: Tensor) -> None:
         if not self.is_initialized:

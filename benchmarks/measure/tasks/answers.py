@@ -91,7 +91,7 @@ def tidy(device: torch.device) -> None:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < total // 2:
-            gc.collect()  # of models that were enabled again: what their captured steps held
+            gc.collect()
             torch.cuda.empty_cache()
 
 
