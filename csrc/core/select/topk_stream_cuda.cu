@@ -237,33 +237,63 @@ template <typename Tile, bool kOneChunk>
 constexpr int kMinBlocks =
     (kOneChunk && Tile::kWords <= 8 ? (Tile::kThreads == 256 ? 1280 : 1536) : 1024) / Tile::kThreads;
 
+// A row of scores where it lies. Vectors begin on their size, before the row's first score if that does not.
+template <typename Score>
+struct ScoreRow {
+  const Score* vectors;
+  int shift;     // of the first score
+  int readable;  // scores from `vectors` on
+};
+
+// One row, by the first threads of the block, as many as `Tile` has.
+template <bool kOneChunk, typename Tile, typename S>
+__device__ __forceinline__ void select_pages(const TopkPagesParams& p, int b, int t,
+                                             const ScoreRow<typename Tile::Score>& scores, int origin, S& shared) {
+  Tile tile;
+  tile.load(scores.vectors, origin, p.row_pages + scores.shift, scores.readable);
+  const RowOutput output{p, b, p.pages + int64_t{blockIdx.x} * p.k};
+  const RowPlan row = plan_row(p, b, t);
+  const int wanted = row.k - row.sinks - row.recents;
+  if (row.end - row.first > row.k && wanted > 0) {
+    select_row<kOneChunk>(tile, scores.vectors, origin, scores.shift, scores.readable, row.first + row.sinks,
+                          row.end - row.recents, wanted, output, row.sinks, shared);
+  }
+  output.emit_forced(row, Tile::kThreads - 1 - static_cast<int>(threadIdx.x), Tile::kThreads);
+}
+
 template <typename Tile, typename Entry, bool kOneChunk>
 __global__ void __launch_bounds__(Tile::kThreads, kMinBlocks<Tile, kOneChunk>)
     topk_stream_kernel(const TopkPagesParams p, int64_t num_scores) {
   using Score = typename Tile::Score;
-  __shared__ Candidates<Tile, Entry> shared;
   wait_for_previous_kernel();
   const int head_rows = p.num_query_tokens * p.num_kv_heads;
   const int b = blockIdx.x / head_rows;
   const int t = blockIdx.x % head_rows / p.num_kv_heads;
   const int64_t begin = int64_t{blockIdx.x} * p.row_pages;
   const Score* first = static_cast<const Score*>(p.scores) + begin;
-  // Vectors begin on their size, before the row's first score if that does not.
   const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(Score) % Tile::kWidth);
-  const int readable = static_cast<int>(min(num_scores - begin, int64_t{INT_MAX} - Tile::kWidth)) + shift;
-
-  // The scores are on their way before the sequence's length is known, unless the row's beginning depends on it.
-  const int origin = p.window == 0 ? 0 : (plan_row(p, b, t).first + shift) / Tile::kWidth * Tile::kWidth;
-  Tile tile;
-  tile.load(first - shift, origin, p.row_pages + shift, readable);
-  const RowOutput output{p, b, p.pages + int64_t{blockIdx.x} * p.k};
-  const RowPlan row = plan_row(p, b, t);
-  const int wanted = row.k - row.sinks - row.recents;
-  if (row.end - row.first > row.k && wanted > 0) {
-    select_row<kOneChunk>(tile, first - shift, origin, shift, readable, row.first + row.sinks, row.end - row.recents,
-                          wanted, output, row.sinks, shared);
+  const ScoreRow<Score> scores{first - shift, shift,
+                               static_cast<int>(min(num_scores - begin, int64_t{INT_MAX} - Tile::kWidth)) + shift};
+  const auto vector_of = [&](int page) { return (page + shift) / Tile::kWidth * Tile::kWidth; };
+  if constexpr (kOneChunk) {
+    __shared__ Candidates<Tile, Entry> shared;
+    // The scores are on their way before the sequence's length is known, unless the row's beginning depends on it.
+    select_pages<true, Tile>(p, b, t, scores, p.window == 0 ? 0 : vector_of(plan_row(p, b, t).first), shared);
+  } else {
+    // The row of a table with room for much more than there is: few threads have less to do in all.
+    using Few = ScoreTile<Score, 256, Tile::kWidth, 1>;
+    __shared__ union {
+      Candidates<Tile, Entry> all;
+      Candidates<Few, Entry> few;
+    } shared;
+    const RowPlan row = plan_row(p, b, t);
+    const int origin = vector_of(row.first);
+    if (row.end + shift - origin <= Few::kBlockScores && p.k <= Candidates<Few, Entry>::kMaxWanted) {
+      if (threadIdx.x < Few::kThreads) select_pages<true, Few>(p, b, t, scores, origin, shared.few);
+    } else {
+      select_pages<false, Tile>(p, b, t, scores, origin, shared.all);
+    }
   }
-  output.emit_forced(row, Tile::kThreads - 1 - static_cast<int>(threadIdx.x), Tile::kThreads);
 }
 
 template <bool kOneChunk, typename Score, int kThreads, int kWidth, int kVectors>
