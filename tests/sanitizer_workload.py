@@ -38,9 +38,9 @@ def decode_step(
     ops.append_kv(q[0, :1, :heads].repeat(3, 1, 1), q[0, :1, :heads].repeat(3, 1, 1), k_cache, v_cache, slots)
 
 
-def out_of_range_step(dtype: torch.dtype, index_format: str) -> None:
+def out_of_range_step(dtype: torch.dtype, index_format: str, tokens: int) -> None:
     """Lengths, blocks, pages and slots that there are not: nothing outside the tensors is touched."""
-    case = build(Spec((61, 38, 30), 3, group=3, head_dim=64, dtype=dtype, index_format=index_format), "cuda")
+    case = build(Spec((61, 38, 30), tokens, group=3, head_dim=64, dtype=dtype, index_format=index_format), "cuda")
     steps = [(61, 0), (65, 0), (2**31 - 1, 0), (-1, 0), (-(2**31), 0), *((61, b) for b in (-1, 20, 2**30, 2**31 - 1))]
     for length, block in steps:
         case.seq_lens[0], case.block_table[0, 7], case.block_table[1, 2] = length, block, block
@@ -55,7 +55,7 @@ def out_of_range_step(dtype: torch.dtype, index_format: str) -> None:
         )
         pages = torch.tensor([0, 16, 2**26, 2**30, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
         ops.sparse_decode(
-            case.q, case.k_cache, case.v_cache, pages.expand(3, 3, 2, 6).contiguous(), *table, **case.attending
+            case.q, case.k_cache, case.v_cache, pages.expand(3, tokens, 2, 6).contiguous(), *table, **case.attending
         )
     slots = torch.tensor([2**40, -1, 2**63 - 1, case.k_cache.shape[0] * 8], device="cuda")
     ops.append_kv(case.k[0, :1].repeat(4, 1, 1), case.v[0, :1].repeat(4, 1, 1), case.k_cache, case.v_cache, slots)
@@ -109,7 +109,8 @@ def main() -> None:
                 training_step(dtype, group, head_dim, page_size, rules[(i + j) % 3], mode)
     for dtype in DTYPES:
         for index_format in ("exact", "compressed"):
-            out_of_range_step(dtype, index_format)
+            for tokens in (3, 1):
+                out_of_range_step(dtype, index_format, tokens)
         for shape in ((64, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 1), (40, 64, 128, 4), (256, 128, 64, 1)):
             prefill(dtype, *shape)
     shares = torch.rand(1, 3, 3001, device="cuda")  # of few queries and many keys

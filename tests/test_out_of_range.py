@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES, FORMATS, Case, Spec, assert_same, build
+from op_cases import DEVICES, FORMATS, Case, Spec, assert_same, assert_same_step, build
 from torch import Tensor
 
 from unique_attn import ops
@@ -266,13 +266,14 @@ def test_attention(device: str, dtype: torch.dtype, num_pages: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [61, 65, 66, 90, 2**31 - 1, 2, 0, -1, -(2**31)])
 @pytest.mark.parametrize("block", [None, -1, 15, 2**30])
+@pytest.mark.parametrize("num_tokens", [3, 1])
 def test_a_step_is_what_its_parts_are(
-    device: str, index_format: str, dtype: torch.dtype, length: int, block: int | None
+    device: str, index_format: str, dtype: torch.dtype, length: int, block: int | None, num_tokens: int
 ) -> None:
-    """Three new tokens, some of them past the table, before the sequence, or in a block that there is not."""
+    """New tokens, some of them past the table, before the sequence, or in a block that there is not."""
     results, caches = [], []
     for fused in (True, False):
-        case, guarded = example(dtype, device, index_format=index_format, num_tokens=3)
+        case, guarded = example(dtype, device, index_format=index_format, num_tokens=num_tokens)
         for cache in (case.k_cache, case.v_cache):
             cache.nan_to_num_(0.0)
         case.index.zero_()
@@ -286,21 +287,24 @@ def test_a_step_is_what_its_parts_are(
         results.append(ops.unique_decode(*args, **case.scoring) if fused else step_by_step(case))
         caches.append((case.k_cache, case.v_cache, case.index))
         guarded.check()
-    for a, b in zip((*results[0], *caches[0]), (*results[1], *caches[1]), strict=True):
+    assert_same_step(*results)
+    for a, b in zip(*caches, strict=True):
         assert_same(a, b)
 
 
 def step_by_step(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """The single ops; slots by hand."""
-    slots = []
+    num_tokens, slots = case.spec.num_tokens, []
     for b, length in enumerate(case.seq_lens.tolist()):
-        for position in range(max(length, 0) - 3, max(length, 0)):
+        for position in range(max(length, 0) - num_tokens, max(length, 0)):
             block = int(case.block_table[b, position // 8]) if 0 <= position < TABLE else -1
             slots.append(block * 8 + position % 8 if 0 <= block < 15 else -1)
     k, v = case.k.flatten(0, 1), case.v.flatten(0, 1)
     ops.append_kv(k, v, case.k_cache, case.v_cache, torch.tensor(slots, device=k.device))
-    starts = (case.seq_lens.clamp(min=0) - 3).clamp(min=0).int()
-    ops.page_index(case.k_cache, case.index, case.block_table, starts, case.seq_lens, max_new_tokens=3, **case.paging)
+    starts = (case.seq_lens.clamp(min=0) - num_tokens).clamp(min=0).int()
+    ops.page_index(
+        case.k_cache, case.index, case.block_table, starts, case.seq_lens, max_new_tokens=num_tokens, **case.paging
+    )
     scores = ops.page_scores(case.q, case.index, case.block_table, case.seq_lens, **case.scoring)
     pages = ops.topk_pages(scores, case.seq_lens, 4, page_size=4)
     args = (case.q, case.k_cache, case.v_cache, pages, case.block_table, case.seq_lens)

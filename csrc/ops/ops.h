@@ -4,10 +4,8 @@
 #pragma once
 
 #include "arguments.h"
-#include "core/decode/sparse_decode.h"
+#include "core/decode/decode_step.h"
 #include "core/index/append_index.h"
-#include "core/select/page_scores.h"
-#include "core/select/topk_pages.h"
 #include "runner.h"
 
 namespace unique_attn {

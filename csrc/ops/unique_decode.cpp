@@ -63,9 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   } else {
     runner.run(indexing.params, page_index_cpu, UA_CUDA(page_index_cuda));
   }
-  runner.run(scoring.params, page_scores_cpu, UA_CUDA(page_scores_cuda));
-  runner.run(selection.params, topk_pages_cpu, UA_CUDA(topk_pages_cuda));
-  runner.run(attention.params, sparse_decode_cpu, UA_CUDA(sparse_decode_cuda));
+  const DecodeStepParams step{scoring.params, selection.params, attention.params};
+  runner.run(step, decode_step_cpu, UA_CUDA(decode_step_cuda));
   return {attention.out, attention.lse, selection.pages};
 }
 

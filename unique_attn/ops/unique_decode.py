@@ -37,7 +37,8 @@ def unique_decode(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`append_kv` (when ``k`` and ``v`` are given), :func:`page_index` of the last T tokens' pages,
-    :func:`page_scores`, :func:`topk_pages` and :func:`sparse_decode`, with results identical to theirs.
+    :func:`page_scores`, :func:`topk_pages` and :func:`sparse_decode`, with results identical to theirs; but one token
+    of few sequences takes one kernel on Hopper, which adds up the selected tokens in another order.
 
     Nothing is read back to the host, so a step can be captured in a CUDA graph and replayed while ``seq_lens``,
     ``block_table`` and ``budget_pages`` change on the device.

@@ -23,24 +23,36 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Launches a kernel that begins with wait_for_previous_kernel().
+// Launches a kernel that waits for the one before it by itself, in clusters of thread blocks.
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                             Args... args) {
-  cudaLaunchAttribute attribute{};
+cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, int cluster, dim3 block, size_t shared_bytes,
+                           cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
+  config.attrs = attributes;
   DeviceFacts facts;
   if (device_facts(facts) == cudaSuccess && facts.overlaps_launches) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.numAttrs = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// Launches a kernel that begins with wait_for_previous_kernel().
+template <typename... Params, typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                             Args... args) {
+  return launch_cluster(kernel, grid, 1, block, shared_bytes, stream, args...);
 }
 
 // ---- Grids with a sequence of the packed batch for every z ----
