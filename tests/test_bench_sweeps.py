@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,30 @@ def test_what_does_not_fit_is_skipped(tmp_path: Path, name: str, capsys: pytest.
     assert "0.3 GiB are free" in large["skipped"]
     assert "skipped" not in small
     assert large["skipped"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reached", [0, 2])
+def test_a_run_that_is_stopped_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, reached: int):
+    """Ctrl-C, or the SIGTERM of a time limit."""
+    measured: list[int] = []
+
+    def measure_shape(shape: sweep.Shape, *_: object) -> dict[str, Any]:
+        if len(measured) == reached:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        measured.append(shape.batch)
+        return {"found": shape.batch}
+
+    options = cli.parser().parse_args(["decode", "--batch", "1", "2", "3", "4"])
+    run = partial(sweep.run_sweep, "decode", options, ("batch",), {}, lambda _: 0, measure_shape)
+    if reached == 0:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        return
+    cases = run()["cases"]
+    assert [case.get("found") for case in cases] == [1, 2, None, None]
+    assert all(case["skipped"] == "the run was stopped" for case in cases[2:])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_decode_without_a_peer(tmp_path: Path):

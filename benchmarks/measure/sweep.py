@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,7 +123,8 @@ def run_sweep(
     needed: Callable[[Shape], int],
     measure_shape: Callable[[Shape, Ceilings, argparse.Namespace], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Measure every shape that fits into memory; the others are in the result with the reason.
+    """Measure every shape that fits into memory; the others are in the result with the reason. So are those that were
+    not reached before Ctrl-C or a time limit's SIGTERM.
 
     Args:
         name: of the benchmark.
@@ -138,7 +142,11 @@ def run_sweep(
     sequential = ceilings.sequential  # while memory is empty
     cases: list[dict[str, Any]] = []
     bar = tqdm(wanted, desc=name, unit="shape")
+    stopped = False
     for shape in bar:
+        if stopped:
+            cases.append({"options": vars(shape), "skipped": "the run was stopped"})
+            continue
         bar.set_postfix_str(label(shape))
         free = free_bytes(device)
         if options.memory:
@@ -146,13 +154,18 @@ def run_sweep(
         try:
             size = needed(shape)
             if size <= free:
-                found = measure_shape(shape, ceilings, options)
+                with _sigterm_as_ctrl_c():
+                    found = measure_shape(shape, ceilings, options)
             else:
                 found = {"skipped": f"needs {gib(size)}, {gib(free)} are free"}
         except torch.OutOfMemoryError as error:
             found = {"skipped": f"out of memory: {str(error)[:120]}"}
         except ValueError as error:  # an op has no such shape
             found = {"skipped": str(error)[:200]}
+        except KeyboardInterrupt:
+            if all("skipped" in case for case in cases):
+                raise  # nothing to keep
+            found, stopped = {"skipped": "the run was stopped"}, True
         if "skipped" in found:
             tqdm.write(f"skipped {label(shape)}: {found['skipped']}", file=sys.stderr)
         cases.append({"options": vars(shape), **found})
@@ -164,6 +177,18 @@ def run_sweep(
         "chunk_ceilings": ceilings.measured_chunks(),
         "cases": cases,
     }
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals reach
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def index_name(o: Mapping[str, Any]) -> str:

@@ -255,14 +255,12 @@ __device__ __forceinline__ void attend_pages(const SparseDecodeParams& p, Attend
     }
   }
 
-  // Merge the warps that had tokens. Each leaves its result where its ring was: all its copies were waited for and used.
-  const int num_warps = min(Warps, (num_tokens + kTokens - 1) / kTokens);
+  // Merge the warps. Each leaves its result where its ring was: all its copies were waited for and used.
   __syncwarp();
   static_assert(sizeof(WarpResult<DP, NT * 8>) <= sizeof(shared.ring[0]), "the ring holds the result");
   auto& result = *reinterpret_cast<WarpResult<DP, NT * 8>*>(shared.ring[warp]);
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    if (warp >= num_warps) break;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -288,21 +286,16 @@ __device__ __forceinline__ void attend_pages(const SparseDecodeParams& p, Attend
   for (int row = warp; row < group; row += Warps) {
     float m_all = -INFINITY, l_all = 0.f, weight[Warps];
 #pragma unroll
-    for (int w = 0; w < Warps; ++w) {
-      if (w < num_warps) m_all = fmaxf(m_all, result_of(w).m[row]);
-    }
+    for (int w = 0; w < Warps; ++w) m_all = fmaxf(m_all, result_of(w).m[row]);
 #pragma unroll
     for (int w = 0; w < Warps; ++w) {
-      if (w >= num_warps) continue;
       weight[w] = softmax_weight(result_of(w).m[row], m_all);
       l_all += result_of(w).l[row] * weight[w];
     }
     for (int d = lane; d < p.head_dim; d += kWarp) {
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < Warps; ++w) {
-        if (w < num_warps) sum += result_of(w).acc[row][d] * weight[w];
-      }
+      for (int w = 0; w < Warps; ++w) sum += result_of(w).acc[row][d] * weight[w];
       store(row, d, sum, m_all, l_all, empty);
     }
   }

@@ -1,6 +1,6 @@
 // Selection of a row's best pages by a cluster of thread blocks, each of which holds the order keys of a stretch of the
 // row, in page order. Two rounds of 8 bits find the key of the last page that is selected: every thread block counts
-// its keys and adds the counts to those of all others. No step depends on the order in which threads run, and ties go to the lower page.
+// its keys, all read all counts. No step depends on the order in which threads run, and ties go to the lower page.
 #pragma once
 
 #include "core/cuda/order_key.cuh"
@@ -12,22 +12,13 @@ constexpr int kBins = 256;
 
 template <int kWarps>
 struct SelectShared {
-  static_assert(kWarps * kWarp == 2 * kBins);
-  unsigned counts[2][kBins];  // of a round: keys of this thread block
-  uint2 totals[2][kBins];     // keys of the cluster, and of thread blocks before this one; all of them write here
+  static_assert(kWarps * kWarp >= kBins);
+  unsigned counts[2][kBins];  // of a round; read by the whole cluster
   uint2 sums[kWarps];
   uint4 chosen;
 };
 
 #ifdef UA_HOPPER
-
-// Before the first barrier of the cluster.
-template <int kWarps>
-__device__ __forceinline__ void clear(SelectShared<kWarps>& shared) {
-  const int tid = threadIdx.x;
-  (&shared.counts[0][0])[tid] = 0u;
-  (&shared.totals[0][0])[tid] = make_uint2(0u, 0u);
-}
 
 // The bin of the wanted-th largest key of the cluster.
 struct ChosenBin {
@@ -37,26 +28,24 @@ struct ChosenBin {
   int equal_before;  // keys in the bin, of thread blocks before this one
 };
 
-// The keys of this thread block have been counted. Few bins have any: their counts go to all thread blocks.
+// All thread blocks have counted in `counts`.
 template <int kWarps>
-__device__ __forceinline__ ChosenBin choose_bin(SelectShared<kWarps>& shared, int round, int wanted) {
+__device__ __forceinline__ ChosenBin choose_bin(SelectShared<kWarps>& shared, unsigned* counts, int wanted) {
   const int tid = threadIdx.x;
   const int lane = tid % kWarp;
-  const int bin = kBins - 1 - tid % kBins;
+  const int bin = kBins - 1 - tid;
   const int rank = cluster_rank(), size = cluster_size();
-  __syncthreads();
-  const unsigned count = shared.counts[round][bin];
-  if (count > 0) {
-    for (int c = tid / kBins; c < size; c += 2) {
-      uint2* there = in_block(&shared.totals[round][bin], c);
-      atomicAdd(&there->x, count);
-      if (c > rank) atomicAdd(&there->y, count);
-    }
-  }
-  cluster_sync();
-  uint2 mine = make_uint2(0, 0), upto;  // in this bin; in this and higher ones
+  uint2 mine = make_uint2(0, 0), upto;  // in this bin: of all thread blocks, and of those before this one
   if (tid < kBins) {
-    mine = upto = shared.totals[round][bin];
+    unsigned there[kMaxCluster];
+#pragma unroll
+    for (int c = 0; c < kMaxCluster; ++c) there[c] = c < size ? *in_block(counts + bin, c) : 0u;
+#pragma unroll
+    for (int c = 0; c < kMaxCluster; ++c) {
+      mine.x += there[c];
+      mine.y += c < rank ? there[c] : 0u;
+    }
+    upto = mine;
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const unsigned x = __shfl_up_sync(kFullMask, upto.x, offset), y = __shfl_up_sync(kFullMask, upto.y, offset);
@@ -83,8 +72,8 @@ __device__ __forceinline__ ChosenBin choose_bin(SelectShared<kWarps>& shared, in
 }
 
 // Of the keys of all thread blocks, of which there are more than `wanted`, the best: emit(place among the selected,
-// place in `keys`), in the order of the pages, each by the thread block that holds it. All thread blocks have cleared
-// `shared`; two barriers of the cluster.
+// place in `keys`), in the order of the pages, each by the thread block that holds it. Two barriers of the cluster; the
+// first may be taken as one of those that other thread blocks' shared memory has to wait for.
 template <int kWarps, typename Emit>
 __device__ __forceinline__ void cluster_select(SelectShared<kWarps>& shared, const uint16_t* keys, int count,
                                                int wanted, const Emit& emit) {
@@ -92,12 +81,16 @@ __device__ __forceinline__ void cluster_select(SelectShared<kWarps>& shared, con
   const int tid = threadIdx.x;
   const int lane = tid % kWarp;
   const int warp = tid / kWarp;
+  for (int i = tid; i < 2 * kBins; i += kThreads) (&shared.counts[0][0])[i] = 0u;
+  __syncthreads();
   for (int i = tid; i < count; i += kThreads) atomicAdd(&shared.counts[0][keys[i] >> 8], 1u);
-  const ChosenBin high = choose_bin(shared, 0, wanted);
+  cluster_sync();
+  const ChosenBin high = choose_bin(shared, shared.counts[0], wanted);
   for (int i = tid; i < count; i += kThreads) {
     if (keys[i] >> 8 == high.bin) atomicAdd(&shared.counts[1][keys[i] & (kBins - 1)], 1u);
   }
-  const ChosenBin low = choose_bin(shared, 1, wanted - high.above);
+  cluster_sync();
+  const ChosenBin low = choose_bin(shared, shared.counts[1], wanted - high.above);
   const int last = high.bin << 8 | low.bin;
   const int ties = wanted - high.above - low.above;  // keys equal to the last that are selected
 

@@ -24,10 +24,8 @@ constexpr int kUnits = 2;     // of a warp's ring: the keys and the values of 16
 constexpr int kMaxHeads = 8;  // of a group: one tile of columns
 
 // Tiles of index entries of a warp under way.
-template <typename Row, int kTileBytes = Row::entry_bytes(Row::kHeadDim) * kProductPages * Row::kProducts>
-constexpr int kStages = kTileBytes > 4096   ? 1
-                        : kTileBytes > 2048 ? 2
-                                            : 4;
+template <typename Row>
+constexpr int kStages = Row::entry_bytes(Row::kHeadDim) * kProductPages * Row::kProducts > 4096 ? 1 : 2;
 
 template <typename T, typename Row, ScoreForm kForm, int kSteps>
 struct StepShared {
@@ -61,8 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   int32_t* list = reinterpret_cast<int32_t*>(&shared + 1);
   uint16_t* keys = reinterpret_cast<uint16_t*>(list + cut.pages_per_block);
-  clear(shared.select);
-  cluster_arrive();  // no thread block writes to another that is not ready for it
+  cluster_arrive();  // no thread block writes to another that has not begun
 
   const int rank = cluster_rank(), size = cluster_size();
   const int row_number = blockIdx.x / size;
@@ -122,40 +119,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = attention.num_q_heads / num_heads;
   const int outputs = group * attention.head_dim;
   const int share = (outputs + size - 1) / size;
+  const auto store = [&](int row, int d, float sum, float m, float l, bool empty) {
+    const int at = row * attention.head_dim + d;
+    const int owner = at / share;
+    *in_block(shared.sums + rank * share + at - owner * share, owner) = sum;
+    // The first channels tell all thread blocks of the rest; head_dim may be less than the cluster.
+    for (int c = d; c < size; c += attention.head_dim) {
+      *in_block(&shared.weights[rank][row], c) = make_float2(m, l);
+      if (row == 0) *in_block(&shared.any_visible[rank], c) = !empty;
+    }
+  };
   attend_pages<T, Shared::DP, 1, kWarps, kUnits>(attention, shared.attend, b, 0, head, list, max(end - begin, 0),
-                                                 [&](int row, int d, float sum, float m, float l, bool empty) {
-                                                   const int at = row * attention.head_dim + d;
-                                                   const int owner = at / share;
-                                                   *in_block(shared.sums + rank * share + at - owner * share, owner) =
-                                                       sum;
-                                                   // The first channels tell all thread blocks of the rest; head_dim may be less than the cluster.
-                                                   for (int c = d; c < size; c += attention.head_dim) {
-                                                     *in_block(&shared.weights[rank][row], c) = make_float2(m, l);
-                                                     if (row == 0) *in_block(&shared.any_visible[rank], c) = !empty;
-                                                   }
-                                                 });
+                                                 store);
   cluster_sync();
   for (int i = threadIdx.x; i < share && rank * share + i < outputs; i += kThreads) {
     const int at = rank * share + i;
     const int row = at / attention.head_dim;
     bool any = false;
     float m = -INFINITY, l = 0.f, sum = 0.f;
-    float2 there[kMaxCluster];
-    float part[kMaxCluster];
-#pragma unroll
-    for (int c = 0; c < kMaxCluster; ++c) {
-      if (c >= size) continue;
-      there[c] = shared.weights[c][row];
-      part[c] = shared.sums[c * share + i];
+    // Not unrolled: to fetch code that runs once takes longer than to run it, 1 µs more a step.
+    for (int c = 0; c < size; ++c) {
       any = any || shared.any_visible[c];
-      m = fmaxf(m, there[c].x);
+      m = fmaxf(m, shared.weights[c][row].x);
     }
-#pragma unroll
-    for (int c = 0; c < kMaxCluster; ++c) {
-      if (c >= size) continue;
-      const float weight = softmax_weight(there[c].x, m);
-      l += there[c].y * weight;
-      sum += part[c] * weight;
+    for (int c = 0; c < size; ++c) {
+      const float2 there = shared.weights[c][row];
+      const float weight = softmax_weight(there.x, m);
+      l += there.y * weight;
+      sum += shared.sums[c * share + i] * weight;
     }
     const int64_t q_head = int64_t{b} * attention.num_q_heads + head * group;
     // A row without a visible token is 0; one whose logits are all -inf is 0 / 0 = NaN, as in any softmax.
