@@ -19,10 +19,15 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def of_models(results: Sequence[Mapping[str, Any]], bench: str) -> list[Mapping[str, Any]]:
-    """The results of a benchmark of real models, by model; of a model those on GPUs, if there are any."""
+    """The results of a benchmark of real models, by model and length; those on a CPU if no GPU has the length."""
     every = [result for result in results if result["bench"] == bench and result["cases"]]
-    on_gpu = {result["model"] for result in every if result["environment"]["device"] != "cpu"}
-    chosen = [r for r in every if r["model"] not in on_gpu or r["environment"]["device"] != "cpu"]
+
+    def shapes(result: Mapping[str, Any]) -> set[tuple[str, int]]:
+        return {(result["model"], case["length"]) for case in result["cases"]}
+
+    on_gpu = [r for r in every if r["environment"]["device"] != "cpu"]
+    known = set().union(*map(shapes, on_gpu))
+    chosen = [*on_gpu, *(r for r in every if r["environment"]["device"] == "cpu" and not shapes(r) & known)]
     return sorted(chosen, key=lambda r: (r["model"], max(case["length"] for case in r["cases"])))
 
 
