@@ -27,7 +27,7 @@ struct Tiling {
 };
 
 // The queries of a warpgroup.
-struct QueryTile {
+struct WarpgroupQueries {
   int head;      // or kNoHead
   int first;     // in the packed batch
   int count;     // that are there; may be less than 1
@@ -41,7 +41,7 @@ struct BlockSparseShared {
   alignas(1024) char q[Tile::kQueryStages][Tile::kTiles][kHalf * kSwizzleRow];
   alignas(1024) char k[Tile::kKeyStages][Tile::kTiles][Tile::kKeys * kSwizzleRow];
   alignas(1024) char v[Tile::kValueStages][Tile::kTiles][Tile::kKeys * kSwizzleRow];
-  QueryTile query_tiles[Tile::kQueryStages];
+  WarpgroupQueries query_tiles[Tile::kQueryStages];
   int first_key[Tile::kKeyStages][Tile::kHalves];  // positions of a tile's halves
   int is_last[Tile::kKeyStages];                   // of its item
   StageBarriers<Tile::kQueryStages> queries;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
 
   if (warpgroup == 1) queries.advance();
   queries.wait(shared.queries);
-  QueryTile tile = shared.query_tiles[queries.stage];
+  WarpgroupQueries tile = shared.query_tiles[queries.stage];
   const Turns<2> turns(warpgroup);
   multiply_keys();
 
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Roles::kThreads, 1)
     queries.advance();
     queries.advance();
     queries.wait(shared.queries);
-    const QueryTile next = shared.query_tiles[queries.stage];
+    const WarpgroupQueries next = shared.query_tiles[queries.stage];
     multiply_keys();
     turns.pass();
     wgmma_wait<1>();
