@@ -207,4 +207,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "UniqueConfig(" in printed
     assert "rule='mean'" in printed
     assert "budget=32" in printed
+    assert "dense_layers" not in printed
+    for bad in (tmp_path / "result.png", Path("/proc/result.json")):  # before anything is measured
+        monkeypatch.setattr("unique_attn.calibration.command._load", lambda options: pytest.fail("it was loaded"))
+        with pytest.raises((ValueError, OSError)):
+            main([*argv, "--out", str(bad)])
     assert "calibrate" in command_line.usage()

@@ -295,3 +295,13 @@ def test_model_without_attention():
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4)
     with pytest.raises(ValueError, match="expected attention modules with a cache, got MambaForCausalLM"):
         ua.enable(transformers.MambaForCausalLM(config))
+
+
+def test_a_class_that_was_made_below_the_enabled_one():
+    """As by FSDP: ``disable`` cannot take it apart, so what is left behind does what stock does."""
+    model = ua.enable(tiny("llama"))
+    model.__class__ = type("Sharded", (type(model),), {})
+    ua.disable(model)
+    model.generation_config.eos_token_id = 2
+    manager = model.init_continuous_batching()
+    assert type(manager).__name__ == "ContinuousBatchingManager"

@@ -120,12 +120,18 @@ def test_padded_rows_agree_with_the_same_sequences_alone():
 
 @pytest.mark.parametrize("kind", ["position_ids", "cu_seq_lens", "both"])
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("dense_layer", [(), (1,)])
-def test_packed_sequences_agree_with_the_same_sequences_alone(kind, use_cache, dense_layer):
-    if dense_layer and kind == "position_ids" and use_cache:
-        pytest.skip("transformers makes no mask of packed position_ids for a cache, so its dense attention mixes them")
+@pytest.mark.parametrize(
+    ("family", "dense_layer", "how"),
+    [
+        ("llama", (), SOFT),
+        ("llama", (1,), SOFT),
+        ("llama", (), ua.TrainConfig(mode="dense")),
+        ("qwen2-window", (), SOFT),
+    ],
+)
+def test_packed_sequences_agree_with_the_same_sequences_alone(kind, use_cache, family, dense_layer, how):
     config = dataclasses.replace(SMALL, dense_layers=dense_layer)
-    model, lengths = trained(config=config), [31, 50, 3, 44]
+    model, lengths = trained(family, config, how), [31, 50, 3, 44]
     parts = [ids(n, seed=n) for n in lengths]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     # Without position_ids the positions go on, and rotated keys do not have the same spread.
@@ -139,6 +145,15 @@ def test_packed_sequences_agree_with_the_same_sequences_alone(kind, use_cache, d
         extra |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
         extra |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
     torch.testing.assert_close(model(torch.cat(parts, 1), **extra).logits, alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["every second", "none", "backwards"])
+def test_positions_in_equal_steps_are_one_sequence(positions):
+    """As they are to stock where a cache is filled, which is the default."""
+    tokens, count = ids(60), torch.arange(60)[None]
+    given = {"every second": count * 2, "none": count * 0, "backwards": count.flip(-1)}[positions]
+    want = tiny("llama").train()(tokens, position_ids=given).logits
+    torch.testing.assert_close(trained(config=HUGE)(tokens, position_ids=given).logits, want, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])

@@ -297,3 +297,26 @@ def test_a_longer_sequence(device: str, rule: str) -> None:
     case = build(TrainSpec((700,), 1, 2, 64, 8, num_pages=12, dtype=torch.bfloat16, rule=rule), device)
     mask = library_mask(case)
     assert_attention(case, run(case, mask), mask)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode_is_refused(device: str) -> None:
+    """Custom ops would lose the tangent and say nothing."""
+    q, k, v = (torch.randn(40, heads, 16, device=device) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 40], dtype=torch.int32, device=device)
+
+    def attend(x: Tensor) -> Tensor:
+        return train.masked_attention(q, x, v, bounds, 40, 3, tau=torch.tensor(4.0, device=device))
+
+    with pytest.raises(ops.NotDifferentiableError, match=r"masked_attention: k: .*jvp"):
+        torch.func.jvp(attend, (k,), (torch.ones_like(k),))
+
+
+def test_more_pages_than_the_ops_take() -> None:
+    """Before their memory is asked for."""
+    q, k, v = (torch.randn(40, heads, 16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 40], dtype=torch.int32)
+    with pytest.raises(ValueError, match="num_pages: expected at most 4096, got 1000000000"):
+        train.masked_attention(q, k, v, bounds, 40, 10**9, mode="hard")
+    with pytest.raises(TypeError, match="num_pages: expected an integer"):
+        train.masked_attention(q, k, v, bounds, 40, 3.5, mode="hard")  # type: ignore[arg-type]

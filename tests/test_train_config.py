@@ -18,6 +18,7 @@ def test_schedules():
         assert [half.tau_at(p) for p in (0.25, 0.5, 1.0)] == pytest.approx([middle, 1.0, 1.0])
         assert [half.mode_at(p) for p in (0.49, 0.5, 1)] == ["soft", "hard", "hard"]
     assert ua.TrainConfig(tau=3).tau_at(0.7) == 3
+    assert ua.TrainConfig(tau=100, tau_end=1e-15, schedule="cosine").tau_at(1.0) == 1e-15
     every = ua.TrainConfig(tau=4.0, tau_end=1.0, schedule="linear", hard_after=0.5, log_every=3)
     assert ua.TrainConfig.from_dict(json.loads(json.dumps(every.to_dict()))) == every
 
@@ -27,6 +28,8 @@ def test_schedules():
     [
         ({"mode": "sparse"}, ValueError, "TrainConfig.mode: expected one of soft, hard, dense, got 'sparse'"),
         ({"tau": 0}, ValueError, "TrainConfig.tau: expected a finite number above 0, got 0"),
+        ({"tau": 1e-39}, ValueError, "TrainConfig.tau: expected 1e-20 to 1e.20, got 1e-39"),
+        ({"tau": 1, "tau_end": 1e300, "schedule": "linear"}, ValueError, "TrainConfig.tau_end: expected 1e-20 to"),
         ({"tau": "1"}, TypeError, "TrainConfig.tau: expected a number, got '1'"),
         ({"schedule": "step"}, ValueError, "TrainConfig.schedule: expected one of constant"),
         ({"schedule": "linear"}, ValueError, "TrainConfig.tau_end: expected a positive number with schedule 'linear'"),

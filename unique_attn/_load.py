@@ -52,7 +52,8 @@ def load_library() -> Path:
         raise LibraryError(f"unique_attn needs torch >= 2.10, but this environment has {torch.__version__}")
     path = library_path()
     if not path.is_file():
-        raise LibraryError(f"the operator library of unique_attn is missing: {path} does not exist; {_advice()}")
+        what = "is no file" if path.exists() else "does not exist"
+        raise LibraryError(f"the operator library of unique_attn is missing: {path} {what}; {_advice()}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -60,5 +61,7 @@ def load_library() -> Path:
             f"the operator library of unique_attn does not load ({error}); it was built for another platform "
             "or is damaged: rebuild it with `make build`, or reinstall the package"
         ) from error
+    if not hasattr(torch.ops.unique_attn, "build_info"):
+        raise LibraryError(f"the operator library of unique_attn is missing: {path} holds none of its ops; {_advice()}")
     _loaded = path
     return path

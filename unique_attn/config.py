@@ -36,11 +36,11 @@ class UniqueConfig(CheckedConfig):
         prefill: how prompts attend: ``dense`` (default), or to the key blocks that ``directional`` or ``unisparse``
             (the paper) selects, if they are longer than ``prefill_above``.
         threshold: share of a query's attention, 0 to 1, from which on a key block is kept in prefill.
-        top_p: share of the attention of a query block, 0 to 1, that the kept blocks have. At most one of these two;
-            without, the default of the method.
+        top_p: share of the attention of a query block, 0 to 1 (all blocks), that the kept blocks have. At most one of
+            these two; without, the default of the method.
         graphs: ``auto`` (default): an enabled model on CUDA runs its decode steps from CUDA graphs where it can;
             ``off``: never.
-        prefill_above: calls whose context is at most as many tokens, new ones included, prefill densely.
+        prefill_above: rows whose context is at most as many tokens, new ones included and padding not, prefill densely.
 
     Raises:
         TypeError: a field has the wrong type.

@@ -143,11 +143,21 @@ class PagedTable:
         self._once(version, "repeat", repeats, lambda: self._select(rows))
 
     def _once(self, version: int, name: str, argument: Any, run: Callable[[], None]) -> None:
+        self.check(version, name, argument)
         if version == self.version:
             run()
             self.last = Change(name, argument)
             self.version += 1
-        elif version != self.version - 1 or self.last is None or not self.last.is_same(name, argument):
+
+    def check(self, version: int, name: str, argument: Any) -> None:
+        """Whether a layer that has reached ``version`` may do an operation.
+
+        Raises:
+            OutOfStepError: other layers did another one, or more of them.
+        """
+        if version == self.version:
+            return
+        if version != self.version - 1 or self.last is None or not self.last.is_same(name, argument):
             raise OutOfStepError(f"{name}: this layer is at operation {version}, its cache at {self.version}")
 
     def _append(self, num_tokens: int) -> None:

@@ -67,21 +67,27 @@ def sparse_prefill(
         query: ``[B, Hq, T, D]``; none of the three requires grad where gradients are recorded.
         key: ``[B, H, L, D]``.
         value: like ``key``.
-        padding: tokens of each row, below L, that are left padding: their keys are not seen.
-        config: ``prefill``, ``threshold`` and ``top_p`` are used.
+        padding: tokens of each row, up to L, that are left padding: their keys are not seen.
+        config: ``prefill``, ``threshold``, ``top_p`` and ``prefill_above`` are used: rows of no more tokens keep all
+            blocks.
         scale: factor of the logits; ``1 / sqrt(D)`` if None.
         layer_idx: for the records.
 
     Returns:
-        ``out`` ``[B, T, Hq, D]``; ``lse`` ``[B, T, Hq]`` fp32 (fp64 for fp64); a record of each row. Queries that are
-        padding get 0 and 0.
+        ``out`` ``[B, T, Hq, D]``; ``lse`` ``[B, T, Hq]`` fp32 (fp64 for fp64); a record of each row that is sparse.
+        Queries that are padding get 0 and 0.
     """
     num_tokens, length, device = query.shape[2], key.shape[2], query.device
     bounds: dict[int, Tensor] = {}  # int32 [0, tokens] by tokens: rows mostly have as many
     outs, lses, records = [], [], []
     for row, hidden in enumerate(padding):
         num_keys = length - hidden
+        if num_keys <= 0:  # a chunk of a prompt may end before a row begins
+            outs.append(query.new_empty(0, query.shape[1], value.shape[3]))
+            lses.append(query.new_empty(0, query.shape[1], dtype=_lse_dtype(query)))
+            continue
         num_queries = min(num_tokens, num_keys)
+        short = num_keys <= config.prefill_above
         for tokens in (num_queries, num_keys):
             if tokens not in bounds:  # made on the device, so nothing waits for it
                 bounds[tokens] = torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=device)
@@ -94,16 +100,21 @@ def sparse_prefill(
             num_queries,
             num_keys,
             method=config.prefill,
-            threshold=config.threshold,
-            top_p=config.top_p,
+            threshold=0.0 if short else config.threshold,
+            top_p=None if short else config.top_p,
             block_q=BLOCK_Q,
             block_k=BLOCK_K,
             scale=scale,
         )
         outs.append(out)
         lses.append(lse)
-        records.append(PrefillRecord(layer_idx, row, num_queries, num_keys, BLOCK_Q, BLOCK_K, mask, kept))
+        if not short:
+            records.append(PrefillRecord(layer_idx, row, num_queries, num_keys, BLOCK_Q, BLOCK_K, mask, kept))
     return _batch(outs, num_tokens), _batch(lses, num_tokens), records
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _tokens(x: Tensor, count: int) -> Tensor:

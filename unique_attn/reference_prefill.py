@@ -104,6 +104,8 @@ def kept_blocks(
         return not forced[block], not nan, 0.0 if nan else -shares[block], block
 
     order = sorted(range(len(shares)), key=rank)
+    if top_p == 1:
+        threshold, top_p = 0.0, None
     if threshold is not None:
         wanted = [math.isnan(shares[block]) or shares[block] >= threshold for block in order]
         count = max((i + 1 for i in range(len(order)) if wanted[i]), default=0)

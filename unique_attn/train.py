@@ -15,7 +15,8 @@ import torch
 
 from unique_attn import ops
 from unique_attn.ops._autocast import autocast_inputs
-from unique_attn.rules import PAGE_SIZES, choices
+from unique_attn.ops._autograd import reject_forward_ad
+from unique_attn.rules import MAX_PAGES, PAGE_SIZES, choices
 
 Mode = Literal["soft", "hard", "dense"]
 _QUERY_CHUNK = 16  # query tokens that one row of `page_scores` takes
@@ -72,6 +73,8 @@ def _check_budget(function: str, num_pages: int, sink_pages: int, recent_pages: 
         raise ValueError(f"{function}: recent_pages: expected at least 1, got {recent_pages}")
     if sink_pages < 0:
         raise ValueError(f"{function}: sink_pages: expected at least 0, got {sink_pages}")
+    if isinstance(num_pages, (bool, float)):
+        raise TypeError(f"{function}: num_pages: expected an integer, got {num_pages!r}")
     if num_pages < sink_pages + recent_pages:
         least = f"sink_pages + recent_pages = {sink_pages + recent_pages}"
         raise ValueError(f"{function}: num_pages: expected at least {least}, got {num_pages}")
@@ -203,6 +206,8 @@ def select_pages(
     if index.dim() != 4:
         raise ValueError(f"select_pages: index: expected 4 dimensions, got shape {list(index.shape)}")
     _check_budget("select_pages", num_pages, sink_pages, recent_pages)
+    if num_pages > MAX_PAGES:
+        raise ValueError(f"select_pages: num_pages: expected at most {MAX_PAGES}, got {num_pages}")
     (q,) = autocast_inputs(q)
     tokens = q.shape[0]
     heads = index.shape[1]
@@ -289,9 +294,11 @@ def masked_attention(
 
     Raises:
         ValueError: an unknown mode, soft mode without tau, or what the ops refuse, naming the argument.
+        NotDifferentiableError: forward-mode differentiation, of which the ops know nothing.
     """
     if mode not in ("soft", "hard", "dense"):
         raise ValueError(f"masked_attention: mode: expected soft, hard or dense, got {mode!r}")
+    reject_forward_ad("masked_attention", q=q, k=k, v=v)
     q, k, v = autocast_inputs(q, k, v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_packed("masked_attention", name, tensor, cu_seqlens, max_seqlen, page_size)

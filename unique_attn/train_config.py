@@ -26,6 +26,9 @@ def check_progress(name: str, progress: Any) -> float:
     return float(progress)
 
 
+MOST_TAU = 1e20
+
+
 @dataclass(frozen=True)
 class TrainConfig(CheckedConfig):
     """Settings of sparsity-aware training (UNIQUE section 4). Immutable and checked, as :class:`UniqueConfig` is.
@@ -36,14 +39,15 @@ class TrainConfig(CheckedConfig):
     Attributes:
         mode: mask of the attention at the start: ``soft`` (gates), ``hard`` (the selected pages only, as in decoding)
             or ``dense``.
-        tau: temperature of the gates at the start, positive, in score units (raw q . k). Of 1, 4 and 16 the
+        tau: temperature of the gates at the start, 1e-20 to 1e20, in score units (raw q . k). Of 1, 4 and 16 the
             default retrieved best on SmolLM2-135M-Instruct; scores of other models have other scales.
-        tau_end: temperature at the end of the schedule, positive; for every schedule but ``constant``.
+        tau_end: temperature at the end of the schedule, likewise; for every schedule but ``constant``.
         schedule: way from ``tau`` to ``tau_end``: ``constant``, ``linear``, ``cosine`` (half a period) or
             ``exponential`` (a constant factor per step). It ends where the mode becomes hard, else with the training.
         hard_after: share of the training, 0 to 1, from which on the mode is ``hard``; ``None`` means never.
-        log_every: optimizer steps between two statistics of the gates; 0 means none, ``None`` as often as the Trainer
-            logs. For :class:`unique_attn.hf.SparsityCallback`.
+        log_every: optimizer steps between two statistics of the gates; 0 means none, ``None`` the Trainer's
+            ``logging_steps`` (also where it logs by epochs, which then repeat the last ones). For
+            :class:`unique_attn.hf.SparsityCallback`.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -60,9 +64,13 @@ class TrainConfig(CheckedConfig):
     def __post_init__(self) -> None:
         self._choice("mode", MODES)
         self._choice("schedule", SCHEDULES)
-        self._number("tau", positive=True)
-        if self.tau_end is not None:
-            self._number("tau_end", positive=True)
+        for name in ("tau", "tau_end"):
+            if name == "tau" or self.tau_end is not None:
+                self._number(name, positive=True)
+                if not 1 / MOST_TAU <= getattr(self, name) <= MOST_TAU:  # gradients of gates have its inverse, in fp32
+                    raise ValueError(
+                        f"TrainConfig.{name}: expected {1 / MOST_TAU:g} to {MOST_TAU:g}, got {getattr(self, name)}"
+                    )
         if (self.tau_end is None) != (self.schedule == "constant"):
             expected = "None" if self.schedule == "constant" else "a positive number"
             raise ValueError(
@@ -87,7 +95,9 @@ class TrainConfig(CheckedConfig):
         if self.tau_end is None:
             return float(self.tau)
         end = 1.0 if self.hard_after is None else self.hard_after
-        part = 1.0 if progress >= end else progress / end
+        if progress >= end:
+            return float(self.tau_end)
+        part = progress / end
         if self.schedule == "exponential":
             return float(self.tau * (self.tau_end / self.tau) ** part)
         if self.schedule == "cosine":

@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
+    if options.out is not None:
+        if options.out.suffix == ".png":
+            raise ValueError(f"--out: expected a JSON file, beside which the picture goes, got {str(options.out)!r}")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("a").close()  # or that it cannot be written is found after the measurement
     texts = [_read(file) for file in options.file]
     model, tokenizer = _load(options)
     from unique_attn.calibration.run import calibrate
@@ -67,11 +72,11 @@ def main(argv: Sequence[str]) -> int:
             "budgets, or a larger --tolerance."
         )
     else:
-        changed = {name: value for name, value in best.to_dict().items() if value != getattr(UniqueConfig(), name)}
+        plain = UniqueConfig().to_dict()
+        changed = {name: value for name, value in best.to_dict().items() if value != plain[name]}
         fields = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         print(f"Recommended (*), reads least within a KL of {options.tolerance:g}: UniqueConfig({fields})")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         result.save(options.out)
         print(f"Wrote {options.out}{_picture(result, options.out.with_suffix('.png'))}")
     return 0
@@ -104,7 +109,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(
             f"--device: expected one that torch has, got {device!r} ({str(error).splitlines()[0]})"
         ) from None
-    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    dtype = getattr(torch, options.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     more = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}

@@ -76,7 +76,10 @@ def calibrate(
     ]
     settings = list(dict.fromkeys(settings))
     if not settings:
-        raise ValueError(f"budgets: expected some that are multiples of page_sizes {list(page_sizes)}, got {budgets}")
+        raise ValueError(
+            f"budgets: expected some that are multiples of page_sizes {list(page_sizes)} and hold more than "
+            f"{base.sink_pages + base.recent_pages} pages, got {budgets}"
+        )
     with _borrowed(model) as borrowed:
         samples = [_Sample.text(borrowed, ids, tail) for ids in plan.texts]
         samples += [_Sample.needle(borrowed, needle) for needle in plan.needles]

@@ -41,9 +41,9 @@ from unique_attn.hf.reasons import (
     module_reason,
     unknown_reason,
     warn_dense,
+    window_of,
 )
 from unique_attn.hf.static_layer import COMPILED, LISTED, UniqueStaticLayer, traced_step
-from unique_attn.hf.training import dense_mask
 from unique_attn.ops._autocast import autocast_inputs
 
 __all__ = ["UnsupportedFeatureError", "unique_attention_forward", "unique_mask"]
@@ -115,7 +115,7 @@ def unique_attention_forward(
         return _sparse(hook, module, layer, step, query, scaling, kwargs), None
     if not refusal.quiet:
         warn_dense(module, refusal)
-    if hook.train is not None and module.training:
+    if hook.train is not None and module.training and torch.is_grad_enabled():
         warn_once(f"{_name(module)} has no training mask in calls that are given a cache", type(module), "cached")
     key, value = layer.gather(step, refusal) if is_traced() else (whole(key, refusal), whole(value, refusal))
     if step.stored is not None:
@@ -124,7 +124,8 @@ def unique_attention_forward(
     key, value = _masked_part(key, value, attention_mask)
     _check_dtype(query, key, value)
     dense = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    out = None if refusal.lasting else _prefill(hook, layer.config, *dense, unknown)
+    prompts = refusal.prompts or not refusal.lasting
+    out = _prefill(hook, layer.config, *dense, unknown) if prompts else None
     return dense_attention(*dense) if out is None else (out, None)
 
 
@@ -272,7 +273,8 @@ def _training(
     out = hook.train.attend(module, q, k, v, mask, scaling, kwargs, refusal)
     if out is not None:
         return out, None
-    return dense_attention(module, query, key, value, dense_mask(mask, query, kwargs), scaling, dropout, kwargs)
+    mask = hook.train.dense_mask(mask, query, kwargs, windowed=window_of(module) != 0)
+    return dense_attention(module, query, key, value, mask, scaling, dropout, kwargs)
 
 
 # ---- Dense attention. ----

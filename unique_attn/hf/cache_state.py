@@ -27,6 +27,7 @@ class CacheState:
         self.plain_prompts = plain_prompts  # a first prompt is stored and attended to as stock does
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
+        self.inside = False  # the forward of one that was is under way
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
         self.refused = False  # a mask with holes was seen: no pages until reset
         self.checked = False  # some layer of a static cache looks at the masks of its steps
@@ -55,9 +56,9 @@ class CacheState:
         found = self._masks.padding(mask, batch, num_tokens, length, layer)
         return showing_new(found, num_tokens, length)
 
-    def hides_new(self, mask: Tensor | None, batch: int, num_tokens: int, length: int, layer: object) -> bool:
+    def hides_new(self, mask: Tensor | None, batch: int, num_tokens: int, length: int) -> bool:
         """Where :meth:`padding` has none to tell: whether that is since new tokens of some row are padding."""
-        return self._masks.padding(mask, batch, num_tokens, length, layer) is not None
+        return self._masks.padding(mask, batch, num_tokens, length, None) is not None
 
     def padding_of_call(self, mask: Any, batch: int, length: int, layer: object) -> list[int] | None:
         """Left padding of rows of ``length`` tokens by the ``attention_mask`` of a call, looked at once for all layers.

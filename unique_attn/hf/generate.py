@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unique_attn.hf.cache import state_of
 from unique_attn.hf.compat import Cache, GenerationMixin
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def prompt_arguments(model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tenso
         given.pop(name, None)
     for name in [name for name, value in given.items() if isinstance(value, Cache)]:
         cache = given.pop(name)
+        if state_of(cache) is not None:  # an empty one of another kind is what generate() makes by itself
+            raise ValueError(f"{name}: expected none with a GraphedDecoder, which has its own, got a cache with pages")
         if cache.get_seq_length() > 0:
             raise ValueError(f"{name}: expected no tokens in it, got {cache.get_seq_length()}")
     if given:

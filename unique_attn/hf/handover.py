@@ -55,6 +55,7 @@ class Refusal(NamedTuple):
     reason: str
     lasting: bool = False  # the layer will not use pages before it is reset
     quiet: bool = False  # nothing a user should be told
+    prompts: bool = False  # a long prompt may be sparse even if it is lasting
 
 
 class PagedLayer(Protocol):

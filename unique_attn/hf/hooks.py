@@ -72,6 +72,9 @@ class CacheHook:
                 continue
             if not output:
                 self.before_call(module, given)
+            state = state_of(given)
+            if state is not None and (self.outermost or not output):
+                state.inside = not output
             if may_turn(given):
                 names = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
                 self.turn(module, given, {**names.get("kwargs", {}), **names}.get("attention_mask"))

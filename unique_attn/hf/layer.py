@@ -15,6 +15,7 @@ from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicLayer, cropped_length, is_traced, warn_once
 from unique_attn.hf.handover import READ, Refusal, Step, hand_over, undifferentiable
+from unique_attn.hf.masks import has_holes
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, OutOfStepError, PagedTable
 
@@ -23,6 +24,7 @@ _PREFILL = Refusal("it has many new tokens", quiet=True)
 _TREE = Refusal("its mask is special to this call", quiet=True)  # a tree of drafts, for example
 _HOLES = Refusal("its attention mask is not causal with left padding", quiet=True)
 _DTYPE = Refusal("its keys come in another dtype than before", quiet=True)
+_OUTSIDE = Refusal("a model that was not enabled attends to it", quiet=True)
 _STEP = Refusal("nobody attended to its last tokens", quiet=True)
 CAPTURES = ("cuda",)  # types of devices where steps on pages are captured
 
@@ -182,8 +184,13 @@ class UniqueLayer(DynamicLayer):
         if self._pages is None:
             return self._cannot_enter(step, query, mask)
         pages, table = self._paged()
+        table.check(self._version, "append", step.num_tokens)
+        if mask is not None and mask.shape[-1] not in (1, step.length):
+            raise OutOfStepError(
+                f"attention_mask: expected {step.length} tokens as in this layer, got {mask.shape[-1]}"
+            )
         if not self.state.agrees(mask, table, step.num_tokens, step.length, self):
-            return _HOLES if step.num_tokens == 1 else _TREE
+            return _HOLES if step.num_tokens == 1 or has_holes(mask, step.num_tokens) else _TREE
         return self._is_no_step(step) if self._fits(step, query, pages.k) else _DTYPE
 
     def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,8 +200,10 @@ class UniqueLayer(DynamicLayer):
             self._enter_pages(step, k.dtype)
         self.lost_graph |= step.k.requires_grad
         with self._alone():
-            pages, table = self._append(step)
-            return pages.decode(query.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), table, scale)
+            pages, table = self._make_room(step)
+            found = pages.decode(query.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), table, scale)
+            self._count(step)
+        return found
 
     def lse_of_all(self, query: Tensor, scale: float | None) -> Tensor:
         """After :meth:`decode`: the logarithm of the normalizer over all tokens, ``[B, T, Hq]``."""
@@ -216,9 +225,11 @@ class UniqueLayer(DynamicLayer):
             )
         if refusal is READ and not self.state.met:
             warn_once("a UniqueCache was given to a model that was not enabled: it stays dense", "met")
+        if refusal is READ and self.state.met and not self.state.inside:
+            refusal = _OUTSIDE  # disabled meanwhile
         if refusal.lasting:
             self.dense = refusal
-        if refusal.lasting or refusal in (_SHORT, _HOLES, _DTYPE):
+        if refusal.lasting or refusal in (_SHORT, _HOLES, _DTYPE, _OUTSIDE):
             self._leave_pages(but=step)
         if self._pages is not None:
             self.lost_graph |= step.k.requires_grad
@@ -276,7 +287,9 @@ class UniqueLayer(DynamicLayer):
         state = self.state
         padding = state.padding(mask, step.k.shape[0], step.num_tokens, step.length, self)
         if padding is None:
-            if step.num_tokens > 1 or state.hides_new(mask, step.k.shape[0], step.num_tokens, step.length, self):
+            if state.hides_new(mask, step.k.shape[0], step.num_tokens, step.length):
+                return _TREE
+            if step.num_tokens > 1 and not has_holes(mask, step.num_tokens):
                 return _TREE
             state.refused = True
             warn_once("an attention mask is not causal with left padding: dense attention for this cache", "mask")
@@ -307,14 +320,17 @@ class UniqueLayer(DynamicLayer):
         self._keys = self._values = None
         self.lost_graph |= keys.requires_grad
 
-    def _append(self, step: Step) -> tuple[LayerPages, PagedTable]:
-        """Make room for the tokens of a step, which is settled thereby."""
+    def _make_room(self, step: Step) -> tuple[LayerPages, PagedTable]:
+        """Have blocks for the tokens of a step. Until it is counted it is to be settled, if storing them fails say."""
         pages, table = self._paged()
         table.append(self._version, step.num_tokens)
         pages.fit()
+        return pages, table
+
+    def _count(self, step: Step) -> None:
+        """The tokens of a step are stored: it is settled."""
         self._version += 1
         self._length, self._step = step.length, None
-        return pages, table
 
     # ---- Steps that go past the layers. ----
 
@@ -384,8 +400,9 @@ class UniqueLayer(DynamicLayer):
             self.gather(step, _STEP)
             return
         with self._alone():
-            pages, table = self._append(step)
+            pages, table = self._make_room(step)
             pages.write(step.k.to(pages.k.dtype), step.v.to(pages.k.dtype), table, step.length - step.num_tokens)
+            self._count(step)
 
     def _contents(self) -> tuple[Tensor, Tensor]:
         with self._alone():

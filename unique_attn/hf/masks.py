@@ -37,6 +37,17 @@ def _seen(padding: Tensor, first: int, num_tokens: int, length: int) -> Tensor:
     return (positions >= padding[:, None, None, None]) & (positions <= queries)
 
 
+def has_holes(mask: Tensor | None, num_tokens: int) -> bool:
+    """Whether ``mask`` ``[B, 1, T, length]`` hides a token that a shown one comes before, of those that are not new.
+
+    Waits for the device. A tree of drafts hides new tokens only.
+    """
+    if mask is None or mask.dim() != 4:
+        return False
+    shown = visible(mask[:, 0, -1, : mask.shape[-1] - num_tokens])[0]
+    return bool((shown.cummax(-1).values & ~shown).any())
+
+
 def hidden_left(mask: Tensor | None, batch: int, num_tokens: int, length: int) -> list[int] | None:
     """Padding of each row if ``mask`` is causal with left padding only, else None. It may hide new tokens too.
 
@@ -76,8 +87,8 @@ def left_padding(mask: Tensor | None, batch: int, num_tokens: int, length: int) 
 class MaskMemo:
     """What :func:`hidden_left` said of the last mask, so that a mask is looked at once for all layers.
 
-    Keeps no mask alive. A mask from inference mode does not count how often it was written to, so it is looked at again
-    as soon as somebody asks for the second time: that is a later call.
+    Keeps no mask alive. A mask is looked at again as soon as somebody asks for the second time, which is a later call:
+    there are ways to write to a tensor that it does not count, in inference mode any.
     """
 
     def __init__(self) -> None:
@@ -89,17 +100,20 @@ class MaskMemo:
     def padding(
         self, mask: Tensor | None, batch: int, num_tokens: int, length: int, asker: object, owner: object = None
     ) -> list[int] | None:
-        """As :func:`hidden_left`. An ``asker`` asks once in a call; those with one ``owner`` share what was found."""
+        """As :func:`hidden_left`. An ``asker`` asks once in a call, None what the last one asked; those with one
+        ``owner`` share what was found.
+        """
         counts = mask is not None and not mask.is_inference()
         facts = (id(owner), batch, num_tokens, length, mask._version if mask is not None and counts else None)
         last = None if self._mask is None else self._mask()  # None as well if it is gone
         known = self._facts == facts and last is mask and (mask is None) == (self._mask is None)
-        if not known or (not counts and id(asker) in self._askers):
+        if not known or (mask is not None and id(asker) in self._askers):
             self._padding = hidden_left(mask, batch, num_tokens, length)
             self._mask = None if mask is None else weakref.ref(mask)
             self._facts = facts
             self._askers.clear()
-        self._askers.add(id(asker))
+        if asker is not None:
+            self._askers.add(id(asker))
         return self._padding
 
 

@@ -79,9 +79,9 @@ def attend(
     )
     padding = None
     if refusal is None:
-        owner = getattr(module, "config", None)
+        owner = hook if hook.outermost else getattr(module, "config", None)  # a hook may be that of a module alone
         padding = _thread.masks.padding(mask, query.shape[0], num_tokens, length, module, owner)
-        if padding is None or max(padding) >= length:  # a row without tokens has nothing to attend to
+        if padding is None:
             refusal = _MASK
     if refusal is not None:
         if not refusal.quiet:

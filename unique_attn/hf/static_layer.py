@@ -21,8 +21,8 @@ from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, SharedPool
 from unique_attn.rules import MAX_PAGES
 
-_SHORT = Refusal("its cache is short", lasting=True, quiet=True)
-_LONG = Refusal("the ops cannot read as many pages as dense_below asks for", lasting=True)
+_SHORT = Refusal("its cache is short", lasting=True, quiet=True, prompts=True)
+_LONG = Refusal("the ops cannot read as many pages as dense_below asks for", lasting=True, prompts=True)
 _PROMPT = Refusal("it has many new tokens", quiet=True)
 _FIRST = Refusal("its cache was empty before", quiet=True)
 LISTED = Refusal("listed in dense_layers", lasting=True, quiet=True)

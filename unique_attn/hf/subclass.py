@@ -55,7 +55,9 @@ class _Watched:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Every way to ``generate_batch`` goes through this method of transformers, which takes dense FlashAttention
         where that is installed, and else knows of no serving but its own."""
-        refuse_continuous_batching()
+        if _STEPS in vars(self):
+            refuse_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]  # disabled, below another class
 
 
 def _watched(cls: Any) -> Any:
@@ -87,7 +89,7 @@ def _watched(cls: Any) -> Any:
         return made
 
     def read(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _reading.set(True)
+        token = _reading.set(_STEPS in vars(self))
         try:
             return reads(self, *args, **kwargs)
         finally:

@@ -275,6 +275,27 @@ class TrainState:
         )
         return layout.unpack(out, query.shape[0])
 
+    def dense_mask(
+        self, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any], *, windowed: bool
+    ) -> Tensor | None:
+        """``mask`` for a layer that trains dense, with the same sequences apart as in those with the training mask.
+
+        sdpa does not look at ``cu_seq_lens_q``, and where the model fills a cache, as it does by default, no mask of
+        transformers keeps the sequences of packed ``position_ids`` apart, in layers with a window neither.
+        """
+        bounds = packing(kwargs)
+        if bounds is None and (mask is None or windowed):
+            positions = _packed_positions(query, kwargs)
+            layout = None if positions is None else self._judge(positions, None, query.shape[0], query.shape[2])
+            if layout is not None and layout.cu_seqlens.shape[0] - 1 > query.shape[0]:
+                bounds = layout.cu_seqlens
+        if bounds is None:
+            return mask
+        apart = _sequence_mask(bounds, query.shape[0], query.shape[2])
+        if mask is None:
+            return apart
+        return mask & apart if mask.dtype == torch.bool else mask.masked_fill(~apart, torch.finfo(mask.dtype).min)
+
     def _layout(self, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]) -> Layout | None:
         batch, _, length, _ = query.shape
         bounds = packing(kwargs)
@@ -283,11 +304,13 @@ class TrainState:
             return Layout(bounds.int(), int(batch * length if longest is None else longest))
         if mask is not None and mask.dim() != 4:
             return None
+        if mask is not None:
+            return self._judge(mask, bounds, batch, length)
         # Where the model fills a cache, as it does by default, transformers makes no mask of packed position_ids.
-        positions = kwargs.get("position_ids") if mask is None and batch == 1 else None
-        if mask is None and (positions is None or tuple(positions.shape) != (1, length)):
+        positions = _packed_positions(query, kwargs)
+        if positions is None:
             return rows_layout(batch, length, query.device)
-        return self._judge(positions if mask is None else mask, bounds, batch, length)
+        return self._judge(positions, bounds, batch, length)
 
     @torch.compiler.disable
     def _judge(self, given: Tensor, bounds: Tensor | None, batch: int, length: int) -> Layout | None:
@@ -297,7 +320,11 @@ class TrainState:
             return self._judged.layout
         with torch.no_grad():
             if given.dim() == 2:
-                layout: Layout | None = _begins_layout(torch.diff(given[0], prepend=given[0, :1]) != 1)
+                steps = given[0].diff()
+                jumps = steps != 1
+                if bool((steps == steps[:1]).all()):  # every second position, say: one sequence, however it counts
+                    jumps = torch.zeros_like(jumps)
+                layout: Layout | None = _begins_layout(torch.nn.functional.pad(jumps, (1, 0), value=True))
             else:
                 layout = mask_layout(given, batch, length)
             if layout is not None and bounds is not None:  # both hold: a sequence ends where either ends it
@@ -329,15 +356,12 @@ def packing(kwargs: dict[str, Any]) -> Tensor | None:
     return queries
 
 
-def dense_mask(mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """``mask`` for dense attention, with the sequences of ``cu_seq_lens_q`` apart: sdpa does not look at them."""
-    bounds = packing(kwargs)
-    if bounds is None:
-        return mask
-    apart = _sequence_mask(bounds, query.shape[0], query.shape[2])
-    if mask is None:
-        return apart
-    return mask & apart if mask.dtype == torch.bool else mask.masked_fill(~apart, torch.finfo(mask.dtype).min)
+def _packed_positions(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """``position_ids`` ``[1, L]`` of a batch of one row, which may hold several sequences; None for others."""
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or query.shape[0] != 1 or tuple(positions.shape) != (1, query.shape[2]):
+        return None
+    return positions
 
 
 def _refined(layout: Layout, bounds: Tensor, tokens: int) -> Layout | None:

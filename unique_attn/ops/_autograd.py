@@ -59,3 +59,12 @@ def reject_grad(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:  # the dispatcher names what is none
                 raise NotDifferentiableError(f"{name} requires grad, but {_message(op)}")
+
+
+def reject_forward_ad(op: str, **tensors: Tensor) -> None:
+    """Raise if one of ``tensors`` carries a tangent: ops that are only differentiated backwards would lose it."""
+    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotDifferentiableError(f"{op}: {name}: has no forward-mode derivative (jvp): use backward()")

@@ -39,7 +39,7 @@ def select_blocks(
         cu_seqlens_q: int32 ``[B + 1]``, as in :func:`block_sparse_attention`.
         cu_seqlens_k: int32 ``[B + 1]``, likewise.
         threshold: keep shares from here on, 0 to 1. Either this or ``top_p``.
-        top_p: keep this part of each row's sum, 0 to 1.
+        top_p: keep this part of each row's sum, 0 to 1; at 1 all blocks, as with a ``threshold`` of 0.
         min_blocks: of a row, as far as it sees so many.
         max_blocks: of a row; None for any number.
         block_q: queries of a block, 64 or 128.
