@@ -80,6 +80,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
+    if options.threads < 0:
+        raise SystemExit(f"error: --threads: expected at least 0, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = module(options.name).run(options)

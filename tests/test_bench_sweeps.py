@@ -352,6 +352,7 @@ def test_committed_commands_are_valid():
         (["index", "--new", "99", "--context", "64"], "--new: expected at most the context 64, got 99"),
         (["topk", "--k", "1"], "--k: expected the pages always taken up to the 4096 pages of a row, got 1"),
         (["topk", "--k", "5000"], "--k: expected the pages always taken"),
+        (["decode", "--threads", "-1"], "--threads: expected at least 0, got -1"),
     ],
 )
 def test_bad_options(argv: list[str], complaint: str):

@@ -24,13 +24,9 @@ def _installed(package: str) -> str:
 
 
 def _library() -> dict[str, Any]:
-    """What the operator library says of itself."""
-    try:
-        path = str(_load.load_library())
-    except _load.LibraryError as error:
-        return {"path": None, "error": str(error)}
+    """What the operator library says of itself. It is there, or the package could not be imported."""
     facts: dict[str, Any] = json.loads(torch.ops.unique_attn.build_info())
-    return {"path": path, **facts}
+    return {"path": str(_load.load_library()), **facts}
 
 
 def _driver_version() -> str | None:
@@ -63,8 +59,6 @@ def _try_kernel() -> None:
 
 
 def _cuda_verdict(library: dict[str, Any], devices: list[dict[str, str]]) -> str:
-    if library["path"] is None:
-        return "no: the operator library is missing"
     if not library["cuda_archs"]:
         return "no: the library was built without CUDA"
     if not devices:
@@ -98,18 +92,13 @@ def collect() -> dict[str, Any]:
 def report(facts: dict[str, Any]) -> str:
     library, runtime = facts["library"], facts["runtime"]
     rows = [(key, facts[key]) for key in ("unique_attn", "python", "platform", "torch", "transformers")]
-    if library["path"] is None:
-        rows.append(("library", library["error"]))
-    else:
-        archs = library["cuda_archs"]
-        built = f"toolkit {library['cuda']}, {' '.join(archs)}" if archs else "not built"
-        rows += [
-            ("library", library["path"]),
-            ("", f"version {library['version']}, headers of torch {library['torch']}"),
-            ("CPU kernels", f"{' '.join(library['cpu_isas'])}; {library['cpu_isa']} in use here"),
-            ("CUDA kernels", built),
-        ]
+    archs = library["cuda_archs"]
+    built = f"toolkit {library['cuda']}, {' '.join(archs)}" if archs else "not built"
     rows += [
+        ("library", library["path"]),
+        ("", f"version {library['version']}, headers of torch {library['torch']}"),
+        ("CPU kernels", f"{' '.join(library['cpu_isas'])}; {library['cpu_isa']} in use here"),
+        ("CUDA kernels", built),
         ("runtime", runtime["path"]),
         ("", f"version {runtime['version']}, pybind11 {runtime['pybind11']}, compiler {runtime['compiler']}"),
         ("driver", f"CUDA {facts['driver']}" if facts["driver"] else "no NVIDIA driver"),

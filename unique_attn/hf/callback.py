@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
-from unique_attn.hf.training import TrainState, train_state
+from unique_attn.hf.training import TrainState, train_state  # first: it says what to do where transformers is missing
+
+from transformers import TrainerCallback  # isort: skip
 
 
 class SparsityCallback(TrainerCallback):
