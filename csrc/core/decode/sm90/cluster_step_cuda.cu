@@ -156,15 +156,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Clusters of each size that a device runs at once: a question to the runtime the first time.
+// Clusters of each size that a device runs at once, 0 if it cannot: a question to the runtime the first time.
 class ActiveClusters {
  public:
   template <typename Kernel>
   int get(const DeviceFacts& device, Kernel* kernel, int size, size_t shared_bytes) {
     const int log2 = size >= 16 ? 4 : size >= 8 ? 3 : size >= 4 ? 2 : 1;
     const bool keeps = device.index < kDevices;
-    int known = keeps ? known_[device.index][log2].load(std::memory_order_relaxed) : 0;
-    if (known > 0) return known;
+    const int stored = keeps ? known_[device.index][log2].load(std::memory_order_relaxed) : 0;
+    if (stored > 0) return stored - 1;
+    int known = 0;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
@@ -178,14 +179,13 @@ class ActiveClusters {
       static_cast<void>(cudaGetLastError());
       known = 0;
     }
-    known = known > 0 ? known : 1;
-    if (keeps) known_[device.index][log2].store(known, std::memory_order_relaxed);
+    if (keeps) known_[device.index][log2].store(known + 1, std::memory_order_relaxed);
     return known;
   }
 
  private:
   static constexpr int kDevices = 64;
-  std::atomic<int> known_[kDevices][5] = {};
+  std::atomic<int> known_[kDevices][5] = {};  // and 1
 };
 
 template <typename T, typename Row, ScoreForm kForm, int kSteps>
@@ -199,13 +199,16 @@ cudaError_t launch(const DecodeStepParams& p, const DeviceFacts& device, cudaStr
   if (size < 2) return cudaErrorNotSupported;
   static OncePerDevice once;
   const cudaError_t error = once(device, [&] {
-    const cudaError_t large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (large != cudaSuccess) return large;
+    // More than 8 thread blocks: where that is refused, no such cluster is active.
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+    }
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
   });
   if (error != cudaSuccess) return error;
   static ActiveClusters active;
-  while (size > 2 && active.get(device, kernel, size, sizeof(Shared)) < rows) size /= 2;
+  while (size > 2 && active.get(device, kernel, size, kMost) < rows) size /= 2;
+  if (active.get(device, kernel, size, kMost) == 0) return cudaErrorNotSupported;
 
   StepCut cut;
   cut.pages_per_block = (p.selection.k + size - 1) / size;
