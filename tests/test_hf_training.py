@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_helpers import assert_same, generate, prompt, run_and_collect, tiny
 from hf_training_cases import CLOSE, HARD, HUGE, PACED, SMALL, SOFT, ids, step, trained
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import unique_attn as ua
 from unique_attn import reference_train, train
@@ -283,3 +284,18 @@ def test_bad_arguments():
     bounds = torch.tensor([0, 5, 10], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens_k: expected the sequences of cu_seq_lens_q, 2, got 1"):
         trained()(ids(10), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds[::2])
+
+
+def test_a_deeper_model_compiles_no_more_code():
+    """With a mask to look at the graph breaks in each layer, but one compiled piece serves them all."""
+    given = {**prompt(2, 60, padding=[0, 13]), "use_cache": False}
+    counts = []
+    for layers in (3, 12):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        config = tiny("llama").config
+        config.num_hidden_layers = layers
+        model = ua.enable(type(tiny("llama"))(config), SMALL, train=SOFT).train()
+        step(torch.compile(model, backend=counter), **given)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]

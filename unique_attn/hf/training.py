@@ -243,7 +243,10 @@ class TrainState:
         Returns:
             ``[B, L, Hq, D]`` or None.
         """
-        if self.mode == "dense" or getattr(module, "layer_idx", None) in self.config.dense_layers:
+        if self.mode == "dense":
+            return None
+        listed = self.config.dense_layers  # where none is, no number of a layer has it compiled anew
+        if listed and getattr(module, "layer_idx", None) in listed:
             return None
         layout = None if refusal else self._layout(mask, query, kwargs)
         if layout is None:
