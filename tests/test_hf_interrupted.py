@@ -126,7 +126,7 @@ def test_holes_under_drafts_are_said() -> None:
     ids, mask, cache = given["input_ids"], given["attention_mask"], ua.UniqueCache(FULL)
     with torch.no_grad():
         model(ids[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
-        with pytest.warns(UserWarning, match="not causal with left padding"):
+        with pytest.warns(UserWarning, match="hides tokens in the middle"):
             model(ids[:, 80:84], attention_mask=mask[:, :84], past_key_values=cache)
 
 
@@ -156,3 +156,37 @@ def test_a_cache_of_the_user_beside_a_graphed_decoder() -> None:
     decoder = ua.GraphedDecoder(model, batch=1, max_length=100)
     with pytest.raises(ValueError, match="expected none with a GraphedDecoder"):
         model.generate(**given, max_new_tokens=4, past_key_values=ua.UniqueCache(FULL), custom_generate=decoder)
+
+
+def test_a_tree_of_several_levels_does_not_last() -> None:
+    """Its second level hides stored drafts of the first one, as a hole would."""
+    model, ids = tiny("llama"), prompt(1, 80)["input_ids"]
+    want = steps(model, None, ids, 0, 64)[:, -1]
+    ua.enable(model, FULL)
+    cache = ua.UniqueCache(FULL)
+    steps(model, cache, ids, 0, 60, 61)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for level in range(3):
+            length = 63 + 2 * level
+            mask = torch.ones(1, 1, 2, length, dtype=torch.bool)
+            for query in range(2):
+                mask[0, 0, query, 61 + (1 - query) :: 2] = False
+            model(ids[:, length - 2 : length], attention_mask=mask, past_key_values=cache)
+        cache.crop(-6)
+        with ua.record_selection(model) as records:
+            got = model(ids[:, 61:64], past_key_values=cache).logits[:, -1]
+    assert len(records) == 3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_disabled_after_a_call_that_failed() -> None:
+    model, ids = ua.enable(tiny("llama"), FULL), prompt(1, 70)["input_ids"]
+    cache = ua.UniqueCache(FULL)
+    steps(model, cache, ids, 0, 60, 61)
+    with pytest.raises(IndexError):
+        steps(model, cache, torch.full_like(ids, 10**6), 61, 62)
+    steps(ua.disable(model), cache, ids, 61, 62)
+    with ua.record_selection(ua.enable(model, FULL)) as records:
+        steps(model, cache, ids, 62, 63, 64)
+    assert len(records) == 6

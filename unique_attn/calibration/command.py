@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
         if options.out.suffix == ".png":
             raise ValueError(f"--out: expected a JSON file, beside which the picture goes, got {str(options.out)!r}")
         options.out.parent.mkdir(parents=True, exist_ok=True)
+        there = options.out.exists()
         options.out.open("a").close()  # or that it cannot be written is found after the measurement
+        if not there:
+            options.out.unlink()
     texts = [_read(file) for file in options.file]
     model, tokenizer = _load(options)
     from unique_attn.calibration.run import calibrate

@@ -17,6 +17,7 @@ from unique_attn.paging import PagedTable
 
 if TYPE_CHECKING:
     from unique_attn.hf.arena import Lease
+    from unique_attn.hf.hooks import CacheHook
 
 
 class CacheState:
@@ -27,7 +28,7 @@ class CacheState:
         self.plain_prompts = plain_prompts  # a first prompt is stored and attended to as stock does
         self.table: PagedTable | None = None  # the table that layers join when they turn to pages
         self.met = False  # an enabled model was given the cache
-        self.inside = False  # the forward of one that was is under way
+        self.hook: CacheHook | None = None  # of the last one, to see whether it is enabled still
         self.lease: Lease | None = None  # what the next table has its storage from, if not each layer by itself
         self.refused = False  # a mask with holes was seen: no pages until reset
         self.checked = False  # some layer of a static cache looks at the masks of its steps
@@ -55,6 +56,11 @@ class CacheState:
         """Left padding of each row by ``mask``, looked at once for all layers; None for any other kind of mask."""
         found = self._masks.padding(mask, batch, num_tokens, length, layer)
         return showing_new(found, num_tokens, length)
+
+    def has_holes(self, mask: Tensor | None, num_tokens: int) -> bool:
+        """Where :meth:`padding` has none to tell: whether the mask, looked at once for all layers, hides tokens that
+        are stored and come after some that it shows: holes, or an earlier level of a tree of drafts."""
+        return self._masks.holes(mask, num_tokens)
 
     def hides_new(self, mask: Tensor | None, batch: int, num_tokens: int, length: int) -> bool:
         """Where :meth:`padding` has none to tell: whether that is since new tokens of some row are padding."""
@@ -119,7 +125,7 @@ class CacheState:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         state = memo[id(self)] = CacheState(self.config, plain_prompts=self.plain_prompts)
         state.table, state.refused, state.met = copy.deepcopy(self.table, memo), self.refused, self.met
-        state.checked = self.checked
+        state.checked, state.hook = self.checked, self.hook
         return state
 
     def __reduce__(self) -> Any:

@@ -46,7 +46,10 @@ class CacheHook:
         before: what was before the model was enabled, None if it was loaded as ``"unique"``.
         outermost: whether the caches that it sees come from outside of the model, empty ones too.
         bystander: whether nobody enabled the model: it only shares its config with one that was.
+        attached: whether the model has these settings still.
     """
+
+    attached = True
 
     def __init__(
         self,
@@ -72,9 +75,6 @@ class CacheHook:
                 continue
             if not output:
                 self.before_call(module, given)
-            state = state_of(given)
-            if state is not None and (self.outermost or not output):
-                state.inside = not output
             if may_turn(given):
                 names = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
                 self.turn(module, given, {**names.get("kwargs", {}), **names}.get("attention_mask"))
@@ -83,12 +83,16 @@ class CacheHook:
         """Give a cache that ``module`` is called with layers with pages."""
         state = state_of(cache)
         if state is not None and state.met:
+            state.hook = self
             return
         config = language_config(module)
         if config is None or config._attn_implementation == IMPLEMENTATION:
             plain = self.config.prefill == "dense" and self.train is None
             adopt(cache, self.config, empty=self.outermost, plain_prompts=plain)
             adopt_static(cache, self.config)
+            state = state_of(cache)
+            if state is not None:
+                state.hook = self
 
     def turn(self, module: nn.Module, cache: Cache, mask: Any) -> None:
         """Have the layers of a static cache turn to pages that are not empty, if ``mask`` is that of a call with it."""
@@ -161,6 +165,7 @@ def detach(model: nn.Module) -> None:
         ):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, CacheHook):
+                    hook.attached = False
                     del hooks[key]
                     with_kwargs.pop(key, None)
         vars(module).pop(_ATTRIBUTE, None)

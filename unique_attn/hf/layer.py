@@ -15,7 +15,6 @@ from unique_attn.config import UniqueConfig
 from unique_attn.hf.cache_state import CacheState
 from unique_attn.hf.compat import DynamicLayer, cropped_length, is_traced, warn_once
 from unique_attn.hf.handover import READ, Refusal, Step, hand_over, undifferentiable
-from unique_attn.hf.masks import has_holes
 from unique_attn.ops._autocast import autocast_inputs
 from unique_attn.paging import LayerPages, OutOfStepError, PagedTable
 
@@ -185,12 +184,11 @@ class UniqueLayer(DynamicLayer):
             return self._cannot_enter(step, query, mask)
         pages, table = self._paged()
         table.check(self._version, "append", step.num_tokens)
-        if mask is not None and mask.shape[-1] not in (1, step.length):
-            raise OutOfStepError(
-                f"attention_mask: expected {step.length} tokens as in this layer, got {mask.shape[-1]}"
-            )
+        masked = step.length if mask is None or mask.shape[-1] == 1 else mask.shape[-1]
+        if masked < step.length or masked == step.length + step.num_tokens:  # a step more than others, or one less
+            raise OutOfStepError(f"attention_mask: expected {step.length} tokens as in this layer, got {masked}")
         if not self.state.agrees(mask, table, step.num_tokens, step.length, self):
-            return _HOLES if step.num_tokens == 1 or has_holes(mask, step.num_tokens) else _TREE
+            return _HOLES if step.num_tokens == 1 else self._tree(step, mask)
         return self._is_no_step(step) if self._fits(step, query, pages.k) else _DTYPE
 
     def decode(self, step: Step, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +223,7 @@ class UniqueLayer(DynamicLayer):
             )
         if refusal is READ and not self.state.met:
             warn_once("a UniqueCache was given to a model that was not enabled: it stays dense", "met")
-        if refusal is READ and self.state.met and not self.state.inside:
+        if refusal is READ and self.state.hook is not None and not self.state.hook.attached:
             refusal = _OUTSIDE  # disabled meanwhile
         if refusal.lasting:
             self.dense = refusal
@@ -289,13 +287,20 @@ class UniqueLayer(DynamicLayer):
         if padding is None:
             if state.hides_new(mask, step.k.shape[0], step.num_tokens, step.length):
                 return _TREE
-            if step.num_tokens > 1 and not has_holes(mask, step.num_tokens):
-                return _TREE
+            if step.num_tokens > 1:
+                return self._tree(step, mask)
             state.refused = True
             warn_once("an attention mask is not causal with left padding: dense attention for this cache", "mask")
             return _HOLES
         step.padding = padding
         return None
+
+    def _tree(self, step: Step, mask: Tensor | None) -> Refusal:
+        if self.state.has_holes(mask, step.num_tokens):
+            warn_once(
+                "an attention mask hides tokens in the middle: dense attention for steps of several tokens", "tree"
+            )
+        return _TREE
 
     def _enter_pages(self, step: Step, dtype: torch.dtype) -> None:
         """Write the dense contents to pages of ``dtype``, before or after the table made room for the step's tokens."""

@@ -95,6 +95,7 @@ class MaskMemo:
         self._mask: weakref.ref[Tensor] | None = None
         self._facts: tuple[int | None, ...] | None = None
         self._padding: list[int] | None = None
+        self._holes: bool | None = None  # of the same mask, once somebody has asked
         self._askers: set[int] = set()  # who was told so
 
     def padding(
@@ -110,11 +111,19 @@ class MaskMemo:
         if not known or (mask is not None and id(asker) in self._askers):
             self._padding = hidden_left(mask, batch, num_tokens, length)
             self._mask = None if mask is None else weakref.ref(mask)
-            self._facts = facts
+            self._facts, self._holes = facts, None
             self._askers.clear()
         if asker is not None:
             self._askers.add(id(asker))
         return self._padding
+
+    def holes(self, mask: Tensor | None, num_tokens: int) -> bool:
+        """:func:`has_holes`, remembered of the mask that was looked at last."""
+        if mask is None or self._mask is None or self._mask() is not mask:
+            return has_holes(mask, num_tokens)
+        if self._holes is None:
+            self._holes = has_holes(mask, num_tokens)
+        return self._holes
 
 
 def shows_padding(mask: Tensor | None, padding: Tensor) -> bool:

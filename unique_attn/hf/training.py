@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unique_attn import ops
 from unique_attn.config import UniqueConfig
-from unique_attn.hf.compat import family_of, warn_once
+from unique_attn.hf.compat import family_of, is_traced, warn_once
 from unique_attn.hf.handover import Refusal
 from unique_attn.rules import RULES, choices, rules_with
 from unique_attn.train import masked_attention, packed_index, page_slots
@@ -158,7 +158,7 @@ class TrainState:
         self._value = train.tau
         self._taus: dict[torch.device, Tensor] = {}
         self._sums: Tensor | None = None
-        self._judged: _Judged | None = None
+        self._judged: dict[int, _Judged] = {}  # by the dimensions of what was judged: positions, masks
         self.update(0.0)
 
     def update(self, progress: float) -> None:
@@ -212,7 +212,7 @@ class TrainState:
         return found if not count else {"gate_mean": gates / count, "gate_open_share": between / count, **found}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_judged": None}  # a weak reference is in it
+        return {**vars(self), "_judged": {}}  # a weak reference is in it
 
     # ---- Attention. ----
 
@@ -287,7 +287,8 @@ class TrainState:
         transformers keeps the sequences of packed ``position_ids`` apart, in layers with a window neither.
         """
         bounds = packing(kwargs)
-        if bounds is None and (mask is None or windowed):
+        # A compiled model that trains dense has no other break in its graph.
+        if bounds is None and (mask is None or (windowed and not (self.mode == "dense" and is_traced()))):
             positions = _packed_positions(query, kwargs)
             layout = None if positions is None else self._judge(positions, None, query.shape[0], query.shape[2])
             if layout is not None and layout.cu_seqlens.shape[0] - 1 > query.shape[0]:
@@ -319,8 +320,9 @@ class TrainState:
     def _judge(self, given: Tensor, bounds: Tensor | None, batch: int, length: int) -> Layout | None:
         """The layout by a mask ``[B, 1, L, L]`` or by position ids ``[1, L]``, found once for all layers."""
         tensors = [given] if bounds is None else [given, bounds]
-        if self._judged is not None and self._judged.is_of(tensors, (batch, length)):
-            return self._judged.layout
+        judged = self._judged.get(given.dim())
+        if judged is not None and judged.is_of(tensors, (batch, length)):
+            return judged.layout
         with torch.no_grad():
             if given.dim() == 2:
                 steps = given[0].diff()
@@ -332,8 +334,9 @@ class TrainState:
                 layout = mask_layout(given, batch, length)
             if layout is not None and bounds is not None:  # both hold: a sequence ends where either ends it
                 layout = _refined(layout, bounds, batch * length)
-        versioned = not any(x.is_inference() for x in tensors)
-        self._judged = _Judged.of(tensors, (batch, length), layout) if versioned else None
+        self._judged.pop(given.dim(), None)
+        if not any(x.is_inference() for x in tensors):
+            self._judged[given.dim()] = _Judged.of(tensors, (batch, length), layout)
         return layout
 
 
