@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,13 +63,28 @@ def test_info(capsys: pytest.CaptureFixture[str]):
     assert str(_load.library_path()) in lines
 
 
-def test_info_without_the_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(_load, "_loaded", None)
-    monkeypatch.setenv("UNIQUE_ATTN_LIBRARY", "/nowhere/lib.so")
-    assert cli.main(["info"]) == 0
-    lines = capsys.readouterr().out
-    assert "/nowhere/lib.so does not exist" in lines
-    assert "no: the operator library is missing" in lines
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/nowhere/lib.so", "/nowhere/lib.so does not exist"),
+        ("/tmp", "/tmp is no file"),
+        ("libm.so.6", "holds none of its ops"),
+    ],
+)
+def test_info_without_the_library(path: str, reason: str):
+    """The package cannot be imported then: the reason is the last line."""
+    if path == "libm.so.6":
+        found = next(
+            (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if path in line), None
+        )
+        if found is None:
+            pytest.skip("no libm here")
+        path = found
+    environment = {**os.environ, "UNIQUE_ATTN_LIBRARY": path}
+    argv = [sys.executable, "-m", "unique_attn", "info"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert reason in done.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]):
