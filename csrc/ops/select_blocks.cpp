@@ -23,7 +23,10 @@ SelectBlocksParams prepare_select_blocks(const Arguments& args, const PrefillBat
   SelectBlocksParams p{};
   p.threshold = threshold ? static_cast<float>(fraction(args, "threshold", *threshold)) : 2.f;
   p.top_p = top_p ? fraction(args, "top_p", *top_p) : 0;
-  if (p.top_p == 1) p.threshold = 0.f, p.top_p = 0;  // all of a sum, those too whose shares are too small to count in it
+  if (p.top_p == 1) {  // all blocks, those too whose shares are too small to count in a sum
+    p.threshold = 0.f;
+    p.top_p = 0;
+  }
   args.range("min_blocks", min_blocks, 0, INT32_MAX);
   args.range("max_blocks", max_blocks.value_or(INT32_MAX), 0, INT32_MAX);
   p.min_blocks = static_cast<int>(min_blocks);
