@@ -40,7 +40,7 @@ def _seen(padding: Tensor, first: int, num_tokens: int, length: int) -> Tensor:
 def has_holes(mask: Tensor | None, num_tokens: int) -> bool:
     """Whether ``mask`` ``[B, 1, T, length]`` hides a token that a shown one comes before, of those that are not new.
 
-    Waits for the device. A tree of drafts hides new tokens only.
+    Waits for the device. A tree of drafts hides new tokens only, until it has a second level.
     """
     if mask is None or mask.dim() != 4:
         return False

@@ -207,8 +207,8 @@ cudaError_t launch(const DecodeStepParams& p, const DeviceFacts& device, cudaStr
   });
   if (error != cudaSuccess) return error;
   static ActiveClusters active;
-  while (size > 2 && active.get(device, kernel, size, kMost) < rows) size /= 2;
-  if (active.get(device, kernel, size, kMost) == 0) return cudaErrorNotSupported;
+  while (size > 2 && active.get(device, kernel, size, sizeof(Shared)) < rows) size /= 2;
+  if (active.get(device, kernel, size, sizeof(Shared)) == 0) return cudaErrorNotSupported;
 
   StepCut cut;
   cut.pages_per_block = (p.selection.k + size - 1) / size;
