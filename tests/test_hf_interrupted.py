@@ -121,6 +121,18 @@ def test_a_short_row_beside_a_long_one_is_dense() -> None:
     assert {record.row for record in records} == {0}
 
 
+def test_rows_that_are_long_by_padding_alone_are_dense() -> None:
+    """As stock computes them, not by blocks of which all are kept."""
+    model, given = tiny("llama"), prompt(2, 900, padding=[500, 600])
+    with torch.no_grad():
+        want = model(**given).logits[:, 600:]
+        ua.enable(model, prefill="directional", threshold=0.9, prefill_above=450)
+        with ua.record_prefill(model) as records:
+            got = model(**given).logits[:, 600:]
+    assert torch.equal(got, want)
+    assert not records
+
+
 def test_holes_under_drafts_are_said() -> None:
     model, given = ua.enable(tiny("llama"), FULL), prompt(1, 90)
     given["attention_mask"][0, 20:25] = 0

@@ -88,6 +88,8 @@ def attend(
             warn_dense(module, refusal)
         return None
     assert padding is not None
+    if length - min(padding) <= config.prefill_above:  # long by its padding alone
+        return None
     out, lse, found = sparse_prefill(q, k, v, padding, config, scaling, layer_idx)
     for records in recorders(hook, PrefillRecord):
         records.extend(found)
